@@ -1,0 +1,32 @@
+"""flashtile: exact, IO-aware attention for training and serving Transformers."""
+
+from flashtile import masks
+from flashtile.api import attention, attention_varlen
+from flashtile.dispatch import use_backend
+from flashtile.integrations.flash_attn import (
+    flash_attn_func,
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+)
+from flashtile.integrations.sdpa import scaled_dot_product_attention
+from flashtile.merge import merge_states
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "attention",
+    "attention_varlen",
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+    "masks",
+    "merge_states",
+    "scaled_dot_product_attention",
+    "use_backend",
+]

@@ -1,0 +1,243 @@
+"""The one table of checks for a call: every message names the argument, what it got and what was expected."""
+
+from __future__ import annotations
+
+import math
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from flashtile.problem import DTYPES, MAX_HEAD_DIM, Call, Problem
+
+
+def fail(argument: str, got: object, expected: str, error: type[Exception] = ValueError) -> NoReturn:
+    raise error(f"{argument}: got {got}, expected {expected}")
+
+
+_DESCRIBED: dict[tuple, Problem] = {}
+_DESCRIBED_LIMIT = 4096
+
+
+def describe(call: Call) -> Problem:
+    """Checks an unpacked call and describes it; calls alike in everything but data share one Problem.
+
+    Raises TypeError or ValueError that names the argument, what it got and what was expected.
+    """
+    key = _metadata(call)
+    problem = _DESCRIBED.get(key)
+    if problem is None:
+        problem = check(call)
+        if len(_DESCRIBED) >= _DESCRIBED_LIMIT:
+            _DESCRIBED.clear()
+        _DESCRIBED[key] = problem
+    return problem
+
+
+def _metadata(call: Call) -> tuple:
+    return (*[_tensor_metadata(t) if isinstance(t, Tensor) else t for t in call[:11]], *call[11:])
+
+
+def _tensor_metadata(tensor: Tensor) -> tuple:
+    return tensor.shape, tensor.dtype, tensor.device
+
+
+def check(call: Call) -> Problem:
+    """Checks an unpacked call and describes it."""
+    _check_tensors(call)
+    varlen = call.cu_seqlens_q is not None
+    _check_ranks(call, varlen)
+    batch, q_len, k_len = _lengths(call, varlen)
+    _check_heads(call)
+    _check_numbers(call)
+    q, k, v = call.q, call.k, call.v
+    assert k is not None and v is not None
+    heads = q.shape[-2]
+    bias_shape = _check_bias(call, (batch, heads, q_len, k_len))
+    _check_per_head(call, batch, heads)
+    _check_table(call, batch, q_len)
+    return Problem(
+        batch=batch,
+        q_len=q_len,
+        k_len=k_len,
+        q_heads=heads,
+        kv_heads=k.shape[-2],
+        qk_dim=q.shape[-1],
+        v_dim=v.shape[-1],
+        dtype=q.dtype,
+        device=q.device.type,
+        capability=torch.cuda.get_device_capability(q.device) if q.device.type == "cuda" else None,
+        window_left=call.window_left,
+        window_right=call.window_right,
+        table=call.lo is not None,
+        scale=call.scale,
+        softcap=call.softcap,
+        alibi=call.alibi_slopes is not None,
+        bias=None if call.bias is None else "boolean" if call.bias.dtype == torch.bool else "additive",
+        bias_shape=bias_shape,
+        sinks=call.sinks is not None,
+        dropout_p=call.dropout_p,
+        varlen=varlen,
+        total_q=q.shape[0] if varlen else 0,
+        total_k=k.shape[0] if varlen else 0,
+        deterministic=call.deterministic,
+    )
+
+
+def check_is_tensor(argument: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        fail(argument, type(value).__name__, "a torch.Tensor", TypeError)
+
+
+def _check_tensors(call: Call) -> None:
+    names = ("q", "k", "v", "bias", "alibi_slopes", "sinks", "cu_seqlens_q", "cu_seqlens_k", "lo", "hi", "rng")
+    for name, value in zip(names, call, strict=False):
+        if value is None and name not in ("q", "k", "v"):
+            continue
+        check_is_tensor(name, value)
+        if value.device != call.q.device:
+            fail(name, f"device {value.device}", f"{call.q.device}, the device of q")
+    if call.q.dtype not in DTYPES:
+        fail("q", call.q.dtype, "float16, bfloat16, float32 or float64", TypeError)
+    for name, value in (("k", call.k), ("v", call.v)):
+        if value.dtype != call.q.dtype:
+            fail(name, value.dtype, f"{call.q.dtype}, the dtype of q", TypeError)
+
+
+def _check_ranks(call: Call, varlen: bool) -> None:
+    rank, layout = (3, "(total, heads, head_dim)") if varlen else (4, "(batch, seqlen, heads, head_dim)")
+    for name, value in (("q", call.q), ("k", call.k), ("v", call.v)):
+        if value.ndim != rank:
+            fail(name, f"{value.ndim} dimensions {tuple(value.shape)}", f"{rank}: {layout}")
+
+
+def _lengths(call: Call, varlen: bool) -> tuple[int, int, int]:
+    """(batch, longest query, longest key) of the call."""
+    q, k, v = call.q, call.k, call.v
+    if v.shape[:-1] != k.shape[:-1]:
+        fail("v", f"shape {tuple(v.shape)}", f"{tuple(k.shape[:-1])} before the head dim, as k")
+    if not varlen:
+        if k.shape[0] != q.shape[0]:
+            fail("k", f"batch {k.shape[0]}", f"{q.shape[0]}, the batch of q")
+        return q.shape[0], q.shape[1], k.shape[1]
+    _check_cu_seqlens(call)
+    return call.cu_seqlens_q.shape[0] - 1, call.max_seqlen_q, call.max_seqlen_k
+
+
+def _check_cu_seqlens(call: Call) -> None:
+    for name, cu in (("cu_seqlens_q", call.cu_seqlens_q), ("cu_seqlens_k", call.cu_seqlens_k)):
+        check_is_tensor(name, cu)
+        if cu.dtype != torch.int32:
+            fail(name, cu.dtype, "torch.int32", TypeError)
+        if cu.ndim != 1 or cu.shape[0] < 1:
+            fail(name, f"shape {tuple(cu.shape)}", "(batch + 1,)")
+    if call.cu_seqlens_k.shape != call.cu_seqlens_q.shape:
+        got, expected = call.cu_seqlens_k.shape[0], call.cu_seqlens_q.shape[0]
+        fail("cu_seqlens_k", f"length {got}", f"{expected}, the length of cu_seqlens_q")
+    for name, longest in (("max_seqlen_q", call.max_seqlen_q), ("max_seqlen_k", call.max_seqlen_k)):
+        if longest is None or longest < 0:
+            fail(name, longest, "an int >= 0")
+
+
+def check_cu_seqlens_values(name: str, cu: Tensor, total: int, longest: int) -> None:
+    """The contents of cu_seqlens on the host: starts at 0, never decreases, ends within total, fits max_seqlen.
+
+    Called for CPU tensors; on a GPU the kernels check the same while they run, without a host synchronisation.
+    """
+    values = cu.tolist()
+    if values[0] != 0:
+        fail(name, f"first value {values[0]}", "0")
+    for index, (start, end) in enumerate(zip(values, values[1:], strict=False)):
+        if end < start:
+            fail(name, f"{start} then {end} at index {index + 1}", "non-decreasing values")
+        if end - start > longest:
+            fail(name, f"a sequence of {end - start}", f"at most {longest}, max_seqlen_{name[-1]}")
+    if values[-1] > total:
+        fail(name, f"last value {values[-1]}", f"at most {total}, the length of {name[-1]}")
+
+
+def _check_heads(call: Call) -> None:
+    q, k, v = call.q, call.k, call.v
+    heads, kv_heads = q.shape[-2], k.shape[-2]
+    if kv_heads == 0 and heads > 0 or kv_heads > 0 and heads % kv_heads:
+        fail("k", f"{kv_heads} heads", f"a divisor of {heads}, the heads of q")
+    if k.shape[-1] != q.shape[-1]:
+        fail("k", f"head_dim {k.shape[-1]}", f"{q.shape[-1]}, the head_dim of q")
+    for name, dim in (("q", q.shape[-1]), ("v", v.shape[-1])):
+        if not 1 <= dim <= MAX_HEAD_DIM:
+            fail(name, f"head_dim {dim}", f"1 to {MAX_HEAD_DIM}")
+
+
+def _check_numbers(call: Call) -> None:
+    for name, value in (("scale", call.scale), ("softcap", call.softcap), ("dropout_p", call.dropout_p)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            fail(name, type(value).__name__, "a float", TypeError)
+        if not math.isfinite(value):
+            fail(name, value, "a finite number")
+    if call.softcap < 0:
+        fail("softcap", call.softcap, "0 (off) or a positive number")
+    if not 0 <= call.dropout_p <= 1:
+        fail("dropout_p", call.dropout_p, "a probability from 0 to 1")
+
+
+def _check_bias(call: Call, full: tuple[int, int, int, int]) -> tuple[int, int, int, int] | None:
+    bias = call.bias
+    if bias is None:
+        return None
+    if bias.dtype not in (torch.bool, torch.float32, call.q.dtype):
+        fail("bias", bias.dtype, f"bool, float32 or {call.q.dtype}, the dtype of q", TypeError)
+    if bias.ndim > 4 or any(have not in (1, want) for have, want in zip(bias.shape[::-1], full[::-1], strict=False)):
+        fail("bias", f"shape {tuple(bias.shape)}", f"broadcastable to (batch, heads, q_len, k_len) = {full}")
+    padded = (1,) * (4 - bias.ndim) + tuple(bias.shape)
+    return padded  # type: ignore[return-value]
+
+
+def _check_per_head(call: Call, batch: int, heads: int) -> None:
+    slopes, sinks = call.alibi_slopes, call.sinks
+    if slopes is not None:
+        if not slopes.is_floating_point():
+            fail("alibi_slopes", slopes.dtype, "a floating-point dtype", TypeError)
+        if tuple(slopes.shape) not in ((heads,), (batch, heads)):
+            fail("alibi_slopes", f"shape {tuple(slopes.shape)}", f"({heads},) or ({batch}, {heads})")
+    if sinks is not None:
+        if not sinks.is_floating_point():
+            fail("sinks", sinks.dtype, "a floating-point dtype", TypeError)
+        if tuple(sinks.shape) != (heads,):
+            fail("sinks", f"shape {tuple(sinks.shape)}", f"({heads},), one logit per query head")
+
+
+def _check_table(call: Call, batch: int, q_len: int) -> None:
+    for name, table in (("lo", call.lo), ("hi", call.hi)):
+        if table is not None and (table.ndim != 2 or table.shape[0] not in (1, batch) or table.shape[1] != q_len):
+            fail(f"mask {name}", f"shape {tuple(table.shape)}", f"(1 or {batch}, {q_len})")
+
+
+def check_out(out: Tensor, call: Call, shape: tuple[int, ...]) -> None:
+    """`out` must be writable memory of the result's own: its shape, dtype and device, shared with no input."""
+    check_is_tensor("out", out)
+    if tuple(out.shape) != tuple(shape):
+        fail("out", f"shape {tuple(out.shape)}", f"{tuple(shape)}")
+    if out.dtype != call.q.dtype:
+        fail("out", out.dtype, f"{call.q.dtype}, the dtype of q", TypeError)
+    if out.device != call.q.device:
+        fail("out", f"device {out.device}", f"{call.q.device}, the device of q")
+    inputs = [t for t in call[:6] if t is not None]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (*inputs, out)):
+        fail("out", "out= with inputs that require grad", "no gradient; leave out= away or use torch.no_grad()")
+    if torch.compiler.is_compiling():
+        return
+    if torch._debug_has_internal_overlap(out) == 1:
+        fail("out", "a tensor whose elements share memory", "one without internal overlap")
+    first, last = _span(out)
+    for name, tensor in zip(Call._fields, call[:6], strict=False):
+        if tensor is None or tensor.numel() == 0 or out.numel() == 0:
+            continue
+        start, end = _span(tensor)
+        if start <= last and first <= end:
+            fail("out", f"memory that overlaps {name}", "memory of its own")
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """Addresses of the first and last byte of a tensor's elements."""
+    steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 0)
+    return tensor.data_ptr(), tensor.data_ptr() + (steps + 1) * tensor.element_size() - 1

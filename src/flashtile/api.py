@@ -1,8 +1,9 @@
-"""The native calls: `attention` and `attention_varlen`. They bring arguments into one form; `validation` checks them."""
+"""The native calls, `attention` and `attention_varlen`: they bring arguments into one form, `validation` checks it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -242,7 +243,7 @@ def _call(
     )
 
 
-def _autocast(device: str, *tensors: Tensor | None) -> list[Tensor | None]:
+def _autocast(device: str, *tensors: Any) -> list[Any]:
     """float32 tensors in autocast's dtype, as torch's own scaled_dot_product_attention does."""
     dtype = torch.get_autocast_dtype(device)
     return [t.to(dtype) if isinstance(t, Tensor) and t.dtype == torch.float32 else t for t in tensors]

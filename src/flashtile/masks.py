@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+Length = int | Tensor
+
 
 class Lowered(NamedTuple):
     """A mask in the form that kernels read: diagonal distances, or a table of one interval per row.
@@ -38,7 +40,7 @@ class Mask:
         """(left, right) where the mask is a band around the diagonal, None where only a table can say it."""
         return None
 
-    def bounds(self, row: Tensor, q_len, k_len) -> tuple[Tensor, Tensor]:
+    def bounds(self, row: Tensor, q_len: Length, k_len: Length) -> tuple[Tensor, Tensor]:
         """Unclamped (lo, hi) for int64 rows; q_len and k_len are ints or tensors that broadcast with row."""
         raise NotImplementedError
 
@@ -56,7 +58,7 @@ class Window(Mask):
     def distances(self) -> tuple[int | None, int | None]:
         return self.left, self.right
 
-    def bounds(self, row: Tensor, q_len, k_len) -> tuple[Tensor, Tensor]:
+    def bounds(self, row: Tensor, q_len: Length, k_len: Length) -> tuple[Tensor, Tensor]:
         position = row + (k_len - q_len)
         lo = torch.zeros_like(position) if self.left is None else position - self.left
         hi = torch.zeros_like(position) + k_len if self.right is None else position + self.right + 1
@@ -81,7 +83,7 @@ class Prefix(Mask):
 
     length: int
 
-    def bounds(self, row: Tensor, q_len, k_len) -> tuple[Tensor, Tensor]:
+    def bounds(self, row: Tensor, q_len: Length, k_len: Length) -> tuple[Tensor, Tensor]:
         position = row + (k_len - q_len)
         return torch.zeros_like(position), (position + 1).clamp(min=self.length)
 
@@ -93,7 +95,7 @@ class Chunked(Mask):
     size: int
     overlap: int = 0
 
-    def bounds(self, row: Tensor, q_len, k_len) -> tuple[Tensor, Tensor]:
+    def bounds(self, row: Tensor, q_len: Length, k_len: Length) -> tuple[Tensor, Tensor]:
         start = (row + (k_len - q_len)).div(self.size, rounding_mode="floor") * self.size
         return start - self.overlap, start + self.size + self.overlap
 
@@ -104,7 +106,7 @@ class Documents(Mask):
 
     lengths: tuple[int, ...]
 
-    def bounds(self, row: Tensor, q_len, k_len) -> tuple[Tensor, Tensor]:
+    def bounds(self, row: Tensor, q_len: Length, k_len: Length) -> tuple[Tensor, Tensor]:
         position = row + (k_len - q_len)
         ends = torch.tensor(self.lengths, device=row.device, dtype=torch.int64).cumsum(0)
         starts = torch.cat([ends.new_zeros(1), ends])
@@ -135,7 +137,7 @@ class Intervals(Mask):
         if self.lo.shape != self.hi.shape:
             raise ValueError(f"Intervals hi: got shape {tuple(self.hi.shape)}, expected {tuple(self.lo.shape)} as lo")
 
-    def bounds(self, row: Tensor, q_len, k_len) -> tuple[Tensor, Tensor]:
+    def bounds(self, row: Tensor, q_len: Length, k_len: Length) -> tuple[Tensor, Tensor]:
         if self.lo.shape[-1] != row.shape[-1]:
             raise ValueError(f"mask: got intervals for {self.lo.shape[-1]} rows, expected {row.shape[-1]}")
         return self.lo.to(row.device, torch.int64), self.hi.to(row.device, torch.int64)
@@ -154,7 +156,7 @@ class Both(Mask):
             return None
         return _tighter(a[0], b[0]), _tighter(a[1], b[1])
 
-    def bounds(self, row: Tensor, q_len, k_len) -> tuple[Tensor, Tensor]:
+    def bounds(self, row: Tensor, q_len: Length, k_len: Length) -> tuple[Tensor, Tensor]:
         lo_a, hi_a = self.first.bounds(row, q_len, k_len)
         lo_b, hi_b = self.second.bounds(row, q_len, k_len)
         return torch.maximum(lo_a, lo_b), torch.minimum(hi_a, hi_b)
@@ -184,7 +186,7 @@ def lower_varlen(mask: Mask, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seq
     return Lowered(None, None, *_table(mask, max_seqlen_q, q_lens, k_lens, cu_seqlens_q.device))
 
 
-def _table(mask: Mask, rows: int, q_len, k_len, device) -> tuple[Tensor, Tensor]:
+def _table(mask: Mask, rows: int, q_len: Length, k_len: Length, device: torch.device | str) -> tuple[Tensor, Tensor]:
     row = torch.arange(rows, device=device, dtype=torch.int64)[None, :]
     lo, hi = mask.bounds(row, q_len, k_len)
     limit = torch.zeros_like(row) + k_len  # [1 or batch, q_len]
@@ -193,8 +195,10 @@ def _table(mask: Mask, rows: int, q_len, k_len, device) -> tuple[Tensor, Tensor]
     return lo.cummax(-1).values.to(torch.int32).contiguous(), hi.cummax(-1).values.to(torch.int32).contiguous()
 
 
-def interval_rows(lowered: Lowered, q_len: int, k_len: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """Clamped int64 (lo, hi) of every row, (1 or batch, q_len), whatever the lowered form; plain PyTorch backends use it."""
+def interval_rows(
+    lowered: Lowered, q_len: int, k_len: int, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """Clamped int64 (lo, hi) of every row, (1 or batch, q_len), whatever the lowered form."""
     if lowered.lo is not None and lowered.hi is not None:
         return lowered.lo[:, :q_len].long().clamp(max=k_len), lowered.hi[:, :q_len].long().clamp(max=k_len)
     row = torch.arange(q_len, device=device, dtype=torch.int64)[None, :]

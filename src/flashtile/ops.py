@@ -43,7 +43,7 @@ def attention(call: Call, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
     if call.backend is None:
         call = call._replace(backend=requested_backend())
     if out is None and torch.is_grad_enabled() and any(_wants_grad(call)):
-        return _Attention.apply(*call)  # type: ignore[no-any-return,no-untyped-call]
+        return _Attention.apply(*call)  # type: ignore[no-untyped-call]
     return run_forward(call, out)
 
 
@@ -63,12 +63,12 @@ def run_forward(call: Call, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Checks, chooses a backend and runs it."""
     call = unpack(call)
     problem = describe(call)
-    if problem.varlen and problem.device == "cpu":
+    if call.cu_seqlens_q is not None and call.cu_seqlens_k is not None and problem.device == "cpu":
         check_cu_seqlens_values("cu_seqlens_q", call.cu_seqlens_q, problem.total_q, problem.q_len)
         check_cu_seqlens_values("cu_seqlens_k", call.cu_seqlens_k, problem.total_k, problem.k_len)
     if problem.empty:
         return _forward_of_nothing(problem, call, out)
-    return load(choose(problem, call.backend)).forward(problem, call, out)  # type: ignore[no-any-return]
+    return load(choose(problem, call.backend)).forward(problem, call, out)
 
 
 def run_backward(

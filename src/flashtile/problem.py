@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,8 +29,8 @@ class Call(NamedTuple):
     """
 
     q: Tensor
-    k: Tensor | None
-    v: Tensor | None
+    k: Any  # Tensor, or None in a packed form; typed loosely because every backend reads the unpacked call
+    v: Any
     bias: Tensor | None = None
     alibi_slopes: Tensor | None = None
     sinks: Tensor | None = None
@@ -90,7 +90,7 @@ class Problem:
         object.__setattr__(self, "_hash", hash(values))
 
     def __hash__(self) -> int:
-        return self._hash  # type: ignore[attr-defined,no-any-return]
+        return self._hash  # type: ignore[attr-defined]
 
     @property
     def group(self) -> int:

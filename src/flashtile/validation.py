@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import NoReturn
 
 import torch
@@ -15,7 +16,7 @@ def fail(argument: str, got: object, expected: str, error: type[Exception] = Val
     raise error(f"{argument}: got {got}, expected {expected}")
 
 
-_DESCRIBED: dict[tuple, Problem] = {}
+_DESCRIBED: dict[tuple[object, ...], Problem] = {}
 _DESCRIBED_LIMIT = 4096
 
 
@@ -34,11 +35,11 @@ def describe(call: Call) -> Problem:
     return problem
 
 
-def _metadata(call: Call) -> tuple:
+def _metadata(call: Call) -> tuple[object, ...]:
     return (*[_tensor_metadata(t) if isinstance(t, Tensor) else t for t in call[:11]], *call[11:])
 
 
-def _tensor_metadata(tensor: Tensor) -> tuple:
+def _tensor_metadata(tensor: Tensor) -> tuple[object, ...]:
     return tensor.shape, tensor.dtype, tensor.device
 
 
@@ -51,7 +52,6 @@ def check(call: Call) -> Problem:
     _check_heads(call)
     _check_numbers(call)
     q, k, v = call.q, call.k, call.v
-    assert k is not None and v is not None
     heads = q.shape[-2]
     bias_shape = _check_bias(call, (batch, heads, q_len, k_len))
     _check_per_head(call, batch, heads)
@@ -120,23 +120,30 @@ def _lengths(call: Call, varlen: bool) -> tuple[int, int, int]:
         if k.shape[0] != q.shape[0]:
             fail("k", f"batch {k.shape[0]}", f"{q.shape[0]}, the batch of q")
         return q.shape[0], q.shape[1], k.shape[1]
-    _check_cu_seqlens(call)
-    return call.cu_seqlens_q.shape[0] - 1, call.max_seqlen_q, call.max_seqlen_k
+    return _varlen_lengths(call)
 
 
-def _check_cu_seqlens(call: Call) -> None:
-    for name, cu in (("cu_seqlens_q", call.cu_seqlens_q), ("cu_seqlens_k", call.cu_seqlens_k)):
-        check_is_tensor(name, cu)
-        if cu.dtype != torch.int32:
-            fail(name, cu.dtype, "torch.int32", TypeError)
-        if cu.ndim != 1 or cu.shape[0] < 1:
-            fail(name, f"shape {tuple(cu.shape)}", "(batch + 1,)")
-    if call.cu_seqlens_k.shape != call.cu_seqlens_q.shape:
-        got, expected = call.cu_seqlens_k.shape[0], call.cu_seqlens_q.shape[0]
-        fail("cu_seqlens_k", f"length {got}", f"{expected}, the length of cu_seqlens_q")
-    for name, longest in (("max_seqlen_q", call.max_seqlen_q), ("max_seqlen_k", call.max_seqlen_k)):
-        if longest is None or longest < 0:
-            fail(name, longest, "an int >= 0")
+def _varlen_lengths(call: Call) -> tuple[int, int, int]:
+    batch, k_batch = (_sequences(name, getattr(call, name)) for name in ("cu_seqlens_q", "cu_seqlens_k"))
+    if k_batch != batch:
+        fail("cu_seqlens_k", f"length {k_batch + 1}", f"{batch + 1}, the length of cu_seqlens_q")
+    q_len, k_len = (_longest(name, getattr(call, name)) for name in ("max_seqlen_q", "max_seqlen_k"))
+    return batch, q_len, k_len
+
+
+def _sequences(name: str, cu: Tensor) -> int:
+    check_is_tensor(name, cu)
+    if cu.dtype != torch.int32:
+        fail(name, cu.dtype, "torch.int32", TypeError)
+    if cu.ndim != 1 or cu.shape[0] < 1:
+        fail(name, f"shape {tuple(cu.shape)}", "(batch + 1,)")
+    return cu.shape[0] - 1
+
+
+def _longest(name: str, longest: int | None) -> int:
+    if longest is None or longest < 0:
+        fail(name, longest, "an int >= 0")
+    return longest
 
 
 def check_cu_seqlens_values(name: str, cu: Tensor, total: int, longest: int) -> None:
@@ -147,7 +154,7 @@ def check_cu_seqlens_values(name: str, cu: Tensor, total: int, longest: int) -> 
     values = cu.tolist()
     if values[0] != 0:
         fail(name, f"first value {values[0]}", "0")
-    for index, (start, end) in enumerate(zip(values, values[1:], strict=False)):
+    for index, (start, end) in enumerate(pairwise(values)):
         if end < start:
             fail(name, f"{start} then {end} at index {index + 1}", "non-decreasing values")
         if end - start > longest:
@@ -159,7 +166,7 @@ def check_cu_seqlens_values(name: str, cu: Tensor, total: int, longest: int) -> 
 def _check_heads(call: Call) -> None:
     q, k, v = call.q, call.k, call.v
     heads, kv_heads = q.shape[-2], k.shape[-2]
-    if kv_heads == 0 and heads > 0 or kv_heads > 0 and heads % kv_heads:
+    if (heads % kv_heads if kv_heads else heads) != 0:
         fail("k", f"{kv_heads} heads", f"a divisor of {heads}, the heads of q")
     if k.shape[-1] != q.shape[-1]:
         fail("k", f"head_dim {k.shape[-1]}", f"{q.shape[-1]}, the head_dim of q")

@@ -1,0 +1,158 @@
+"""Gradient of an additive bias: dS summed over the axes along which the bias was broadcast.
+
+How it is made depends on the bias alone (`kind`):
+
+    "tile"    one value per (batch, head, query, key): the pass over query tiles stores dS
+    "row"     one value per query row: the same pass sums dS along each row
+    "column"  one value per key: the pass over key tiles sums dS along each column
+    "summed"  one value per (query, key) for several batches or heads: the kernel below recomputes dS and adds them up
+              in registers, so that neither a copy per head nor an atomic is needed
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from flashtile.backends.triton import configs, launch
+from flashtile.backends.triton.tiles import LOG2E, dot, interval, keep, load_tile, offsets, score, sequence
+from flashtile.problem import Call, Problem
+
+
+@triton.jit(do_not_specialize=launch.RUNTIME)
+def bias_kernel(
+    q, k, v, do, lse, delta, dbias, bias, slopes, sinks, cu_q, cu_k, lo, hi, rng, mailbox,
+    stride_qb, stride_qm, stride_qh, stride_qd, stride_kb, stride_kn, stride_kh, stride_kd,
+    stride_vb, stride_vn, stride_vh, stride_vd, stride_yb, stride_ym, stride_yh, stride_yd,
+    stride_bb, stride_bh, stride_bm, stride_bn, stride_gb, stride_gh, stride_gm, stride_gn, stride_sb, stride_tb,
+    batch, heads, group, max_q, max_k, total_q, total_k, tiles, left, right, repeat_b, repeat_h,
+    scale, softcap, threshold, keep_scale,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, VARLEN: tl.constexpr, KIND: tl.constexpr, LEFT: tl.constexpr,
+    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """One tile of dbias: the sum of dS over the repeat_b batches and repeat_h heads that share it."""
+    program = tl.program_id(0)
+    column_tiles = tl.cdiv(max_k, BLOCK_N)
+    first_key = program % column_tiles * BLOCK_N
+    program = program // column_tiles
+    first_row = program % tiles * BLOCK_M
+    program = program // tiles
+    own_b = program // (heads // repeat_h)
+    own_h = program % (heads // repeat_h)
+    line = tl.arange(0, BLOCK_M)
+    lane = tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D)
+    dv = tl.arange(0, BLOCK_DV)
+    row = first_row + line
+    col = first_key + lane
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for index in tl.range(0, repeat_b * repeat_h, num_stages=STAGES):
+        b = (own_b + index // repeat_h).to(tl.int64)
+        h = (own_h + index % repeat_h).to(tl.int64)
+        bh = b * heads + h
+        q_start, q_len = sequence(cu_q, b, max_q, total_q, 0, mailbox, VARLEN, False)
+        k_start, k_len = sequence(cu_k, b, max_k, total_k, 0, mailbox, VARLEN, False)
+        at_q = (q_start + first_row).to(tl.int64)
+        at_k = (k_start + first_key).to(tl.int64)
+        rows = row < q_len
+        q_ptrs = q + b * stride_qb + h * stride_qh + at_q * stride_qm
+        q_ptrs += offsets(line[:, None], d[None, :], stride_qm, stride_qd)
+        k_ptrs = k + b * stride_kb + h // group * stride_kh + at_k * stride_kn
+        k_ptrs += offsets(lane[:, None], d[None, :], stride_kn, stride_kd)
+        v_ptrs = v + b * stride_vb + h // group * stride_vh + at_k * stride_vn
+        v_ptrs += offsets(lane[:, None], dv[None, :], stride_vn, stride_vd)
+        do_ptrs = do + b * stride_yb + h * stride_yh + at_q * stride_ym
+        do_ptrs += offsets(line[:, None], dv[None, :], stride_ym, stride_yd)
+        q_tile = load_tile(q_ptrs, row[:, None], q_len, d[None, :], D, BLOCK_D == D, True)
+        k_tile = load_tile(k_ptrs, col[:, None], k_len, d[None, :], D, BLOCK_D == D, True)
+        v_tile = load_tile(v_ptrs, col[:, None], k_len, dv[None, :], DV, BLOCK_DV == DV, True)
+        do_tile = load_tile(do_ptrs, row[:, None], q_len, dv[None, :], DV, BLOCK_DV == DV, True)
+        per_row = h * total_q + q_start if VARLEN else bh * max_q
+        lse_row = tl.load(lse + per_row + row, mask=rows, other=float("inf")) * LOG2E
+        lse_row = tl.where(lse_row == -float("inf"), 0.0, lse_row)
+        delta_row = tl.load(delta + per_row + row, mask=rows, other=0.0)
+        slope = 0.0
+        if ALIBI:
+            slope = tl.load(slopes + b * stride_sb + h).to(tl.float32)
+        s = dot(q_tile, tl.trans(k_tile), PRECISION, WIDEN)  # [BLOCK_M, BLOCK_N]
+        bias_ptrs = bias + b * stride_bb + h * stride_bh + offsets(row[:, None], col[None, :], stride_bm, stride_bn)
+        bias_tile = tl.load(bias_ptrs, mask=rows[:, None] & (col < k_len)[None, :], other=0.0)
+        s, _ = score(
+            s, row[:, None], col[None, :], k_len - q_len, scale, softcap, slope, bias_tile, SOFTCAP, ALIBI, BIAS
+        )
+        seen_row = tl.minimum(row, tl.maximum(q_len - 1, 0))
+        begin, end = interval(seen_row, q_len, k_len, left, right, lo + b * stride_tb, hi + b * stride_tb, KIND)
+        seen = (col[None, :] >= begin[:, None]) & (col[None, :] < end[:, None]) & rows[:, None]
+        p = tl.where(seen, tl.exp2(s - lse_row[:, None]), 0.0)
+        dp = dot(do_tile, tl.trans(v_tile), PRECISION, WIDEN)
+        if DROPOUT:
+            dp = tl.where(keep(row[:, None], col[None, :], bh, rng, threshold), dp * keep_scale, 0.0)
+        total += p * (dp - delta_row[:, None])
+    dbias += own_b.to(tl.int64) * stride_gb + own_h.to(tl.int64) * stride_gh
+    pointers = dbias + offsets(row[:, None], col[None, :], stride_gm, stride_gn)
+    tl.store(pointers, total.to(dbias.dtype.element_ty), mask=(row < max_q)[:, None] & (col < max_k)[None, :])
+
+
+def kind(problem: Problem) -> str:
+    """Which of the four ways makes the gradient of this problem's bias."""
+    assert problem.bias_shape is not None
+    batch, heads, rows, columns = problem.bias_shape
+    if columns == 1 and problem.k_len > 1:
+        return "row"
+    if rows == 1 and problem.q_len > 1:
+        return "column"
+    return "tile" if (batch, heads) == (problem.batch, problem.q_heads) else "summed"
+
+
+def allocate(problem: Problem, call: Call, kind: str) -> Tensor | None:
+    """The memory that the two passes fill: dbias itself ("tile", "summed"), or float32 sums per row or column."""
+    if kind == "none":
+        return None
+    bias = call.bias
+    assert bias is not None
+    if kind in ("row", "column"):
+        length = problem.q_len if kind == "row" else problem.k_len
+        return torch.zeros(problem.batch, problem.q_heads, length, dtype=torch.float32, device=bias.device)
+    # Tiles that no row sees are never visited, and their gradient is 0.
+    return torch.zeros_like(bias, memory_format=torch.contiguous_format)
+
+
+def finish(
+    problem: Problem, call: Call, kind: str, partial: Tensor, rows: tuple[Tensor, Tensor, Tensor]
+) -> Tensor:
+    """dbias in the bias's own shape and dtype; rows = (dout, lse, delta)."""
+    bias = call.bias
+    assert bias is not None and call.k is not None and call.v is not None
+    if kind == "summed":
+        dout, lse, delta = rows
+        tensors = (call.q, call.k, call.v, dout, lse, delta, partial, *launch.extras(call))
+        launch.run(bias_kernel, problem, call, tensors, _prepare, ())
+    if kind in ("row", "column"):
+        partial = partial[..., None] if kind == "row" else partial[:, :, None, :]
+        return partial.sum_to_size(problem.bias_shape).to(bias.dtype).reshape(bias.shape)  # type: ignore[arg-type]
+    return partial
+
+
+def _prepare(
+    problem: Problem, call: Call, tensors: tuple[Tensor, ...], variant: tuple[object, ...]
+) -> launch.Plan:
+    config = configs.backward_bias(problem)
+    q, k, v, dout, _, _, dbias, *_ = tensors
+    assert problem.bias_shape is not None
+    batch, heads = problem.bias_shape[:2]
+    tiles = triton.cdiv(problem.q_len, config.BLOCK_M)
+    values = {
+        **launch.strides("q", "bmhd", q, problem.varlen),
+        **launch.strides("k", "bnhd", k, problem.varlen),
+        **launch.strides("v", "bnhd", v, problem.varlen),
+        **launch.strides("y", "bmhd", dout, problem.varlen),
+        **launch.bias_strides("g", dbias),
+        **launch.scalars(problem, call),
+        **launch.constants(problem, config),
+        "tiles": tiles,
+        "repeat_b": problem.batch // batch,
+        "repeat_h": problem.q_heads // heads,
+    }
+    return launch.Plan(tiles * triton.cdiv(problem.k_len, config.BLOCK_N) * batch * heads, values, config)

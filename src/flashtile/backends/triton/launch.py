@@ -1,0 +1,213 @@
+"""From a problem to a launch: arguments by name, and a cache that makes a repeated call cost little host time.
+
+Triton's own launch inspects every argument on every call. Here everything but the addresses is a function of the
+problem, the strides and the alignment, so it is worked out once and kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from flashtile import dropout
+from flashtile.backends.triton import mailbox
+from flashtile.backends.triton.configs import Config
+from flashtile.backends.triton.tiles import UNLIMITED
+from flashtile.problem import Call, Problem
+
+# Integers that change from call to call: a kernel specialised on their values would be compiled again and again.
+RUNTIME = [
+    "batch", "heads", "group", "max_q", "max_k", "total_q", "total_k", "tiles", "programs", "section",
+    "left", "right", "threshold", "stride_tb", "stride_sb", "repeat_b", "repeat_h",
+]  # fmt: skip
+
+# What the L2 cache should hold of the keys and values in use; half of an H100's 50 MB, which leaves room for the rest.
+_L2_BYTES = 25 * 2**20
+
+
+class Plan(NamedTuple):
+    """How a kernel is launched: a one-dimensional grid, every argument that is not a pointer, and its tile sizes."""
+
+    programs: int
+    values: dict[str, Any]
+    config: Config
+
+
+class _Ready(NamedTuple):
+    run: Callable[..., None]
+    function: Any
+    metadata: Any
+    programs: int
+    tail: tuple[Any, ...]
+
+
+_ready: dict[tuple[Any, ...], _Ready] = {}
+_READY_LIMIT = 4096
+
+
+def run(
+    kernel: Any,
+    problem: Problem,
+    call: Call,
+    tensors: tuple[Tensor, ...],
+    prepare: Callable[[Problem, Call, tuple[Tensor, ...], tuple[object, ...]], Plan],
+    variant: tuple[object, ...] = (),
+) -> None:
+    """Launches `kernel` on `tensors`, its leading arguments; `prepare` makes the rest where this call is a new kind.
+
+    variant: what `prepare` needs to know beyond the problem and the tensors' strides.
+    """
+    addresses = [tensor.data_ptr() for tensor in tensors]
+    combined = 0
+    for address in addresses:
+        combined |= address
+    alignment = combined & 15 and tuple(address & 15 == 0 for address in addresses)
+    device = tensors[0].device.index
+    precision = float32_precision(problem) if problem.dtype == torch.float32 else None
+    key = (id(kernel), problem, variant, device, alignment, precision, *[tensor.stride() for tensor in tensors])
+    ready = _ready.get(key)
+    if ready is None:
+        _launch_first(kernel, key, prepare(problem, call, tensors, variant), tensors)
+    elif device == torch.cuda.current_device():
+        _launch_again(ready, device, addresses)
+    else:
+        with torch.cuda.device(device):
+            _launch_again(ready, device, addresses)
+
+
+def _launch_again(ready: _Ready, device: int, addresses: list[int]) -> None:
+    stream = triton.runtime.driver.active.get_current_stream(device)
+    ready.run(
+        ready.programs, 1, 1, stream, ready.function, ready.metadata, None, None, None, *addresses, *ready.tail
+    )  # fmt: skip
+
+
+def _launch_first(kernel: Any, key: tuple[Any, ...], plan: Plan, tensors: tuple[Tensor, ...]) -> None:
+    """Through Triton's own launch, which compiles; then keep what a repeated launch needs."""
+    names = kernel.arg_names[len(tensors) :]
+    tail = tuple(plan.values[name] for name in names)
+    options = {"num_warps": plan.config.num_warps, "num_stages": plan.config.num_stages}
+    with torch.cuda.device(tensors[0].device) if tensors[0].is_cuda else _nothing():
+        compiled = kernel[(plan.programs,)](*tensors, **dict(zip(names, tail, strict=True)), **options)
+    if not tensors[0].is_cuda:  # the interpreter compiles nothing
+        return
+    if len(_ready) >= _READY_LIMIT:
+        _ready.clear()
+    _ready[key] = _Ready(compiled.run, compiled.function, compiled.packed_metadata, plan.programs, tail)
+
+
+class _nothing:
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+def extras(call: Call) -> tuple[Tensor, ...]:
+    """bias, slopes, sinks, cu_q, cu_k, lo, hi, rng, mailbox; q stands in for the absent ones, which nobody reads."""
+    q = call.q
+    tensors = (
+        call.bias, call.alibi_slopes, call.sinks, call.cu_seqlens_q, call.cu_seqlens_k, call.lo, call.hi, call.rng,
+        None if call.cu_seqlens_q is None else mailbox.of(q.device),
+    )  # fmt: skip
+    return tuple(q if tensor is None else tensor for tensor in tensors)
+
+
+def strides(name: str, axes: str, tensor: Tensor, varlen: bool) -> dict[str, int]:
+    """{stride_qb: ..., stride_qm: ..., ...}; packed sequences have no batch stride."""
+    steps = (0, *tensor.stride()) if varlen else tensor.stride()
+    return {f"stride_{name}{axis}": step for axis, step in zip(axes, steps, strict=True)}
+
+
+def bias_strides(prefix: str, bias: Tensor | None) -> dict[str, int]:
+    """Strides over (batch, heads, q_len, k_len), 0 where bias is broadcast."""
+    steps = [0, 0, 0, 0]
+    if bias is not None:
+        for axis in range(1, bias.ndim + 1):
+            steps[-axis] = 0 if bias.shape[-axis] == 1 else bias.stride(-axis)
+    return {f"stride_{prefix}{axis}": step for axis, step in zip("bhmn", steps, strict=True)}
+
+
+def scalars(problem: Problem, call: Call) -> dict[str, Any]:
+    """The numbers that every kernel takes."""
+    slopes = call.alibi_slopes
+    table = call.lo
+    return {
+        **bias_strides("b", call.bias),
+        "stride_sb": slopes.stride(0) if slopes is not None and slopes.ndim == 2 else 0,
+        "stride_tb": table.stride(0) if table is not None and table.shape[0] > 1 else 0,
+        "batch": problem.batch,
+        "heads": problem.q_heads,
+        "group": problem.group,
+        "max_q": problem.q_len,
+        "max_k": problem.k_len,
+        "total_q": problem.total_q,
+        "total_k": problem.total_k,
+        "left": _distance(problem.window_left),
+        "right": _distance(problem.window_right),
+        "scale": float(problem.scale),
+        "softcap": float(problem.softcap),
+        "threshold": dropout.threshold(problem.dropout_p),
+        "keep_scale": 1.0 / (1.0 - problem.dropout_p) if problem.dropout_p < 1.0 else 0.0,
+    }
+
+
+def _distance(side: int | None) -> int:
+    limit: int = UNLIMITED.value
+    return limit if side is None else max(-limit, min(side, limit))
+
+
+def constants(problem: Problem, config: Config) -> dict[str, Any]:
+    """The compile-time arguments that every kernel takes."""
+    return {
+        "BLOCK_M": config.BLOCK_M,
+        "BLOCK_N": config.BLOCK_N,
+        "STAGES": config.num_stages,
+        "D": problem.qk_dim,
+        "DV": problem.v_dim,
+        "BLOCK_D": block_dim(problem.qk_dim),
+        "BLOCK_DV": block_dim(problem.v_dim),
+        "VARLEN": problem.varlen,
+        "KIND": mask_kind(problem),
+        "LEFT": problem.table or problem.window_left is not None,
+        "SOFTCAP": problem.softcap > 0,
+        "ALIBI": problem.alibi,
+        "BIAS": problem.bias or "none",
+        "DROPOUT": problem.dropout_p > 0,
+        "PRECISION": float32_precision(problem),
+        "WIDEN": problem.device == "cpu",
+    }
+
+
+def mask_kind(problem: Problem) -> str:
+    if problem.table:
+        return "table"
+    return "none" if problem.window_left is None and problem.window_right is None else "band"
+
+
+def changes_scores(problem: Problem) -> bool:
+    """True where a score is more than scale * q.k."""
+    return problem.softcap > 0 or problem.alibi or problem.bias is not None
+
+
+def block_dim(dim: int) -> int:
+    """A head dim as the power of two that tiles have; the rest is masked."""
+    return max(16, triton.next_power_of_2(dim))
+
+
+def float32_precision(problem: Problem) -> str:
+    """How float32 products are made: exactly to float32, or in TF32 where PyTorch's own switch allows it."""
+    if problem.dtype != torch.float32 or problem.capability is None or torch.version.hip is not None:
+        return "ieee"
+    if torch.backends.cuda.matmul.fp32_precision == "tf32":
+        return "tf32"
+    return "tf32x3" if problem.capability >= (8, 0) else "ieee"
+
+
+def section(problem: Problem, length: int, group: int) -> int:
+    """Query heads whose keys and values fit the L2 cache together; a multiple of those that share a key-value head."""
+    per_head = max(1, length * (problem.qk_dim + problem.v_dim) * problem.dtype.itemsize)
+    return max(1, _L2_BYTES // per_head) * group

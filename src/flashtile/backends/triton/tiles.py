@@ -1,0 +1,218 @@
+"""Device helpers that the kernels share: loads, scores, mask intervals, dropout, and the walk over programs.
+
+Masks come in three compile-time kinds: "none", "band" (a distance on either side of the diagonal) and "table" (one
+interval per row in memory). Every kind gives each row one interval, so a partial tile costs at most two comparisons.
+"""
+
+import triton
+import triton.language as tl
+
+from flashtile import dropout
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+UNLIMITED = tl.constexpr(2**30)
+
+_ROUNDS = tl.constexpr(dropout.ROUNDS)
+_MULTIPLIER_0 = tl.constexpr(dropout.MULTIPLIER_0)
+_MULTIPLIER_1 = tl.constexpr(dropout.MULTIPLIER_1)
+_WEYL_0 = tl.constexpr(dropout.WEYL_0)
+_WEYL_1 = tl.constexpr(dropout.WEYL_1)
+
+
+@triton.jit
+def place(tiles, heads_total, section):
+    """(tile, batch_head) of this program: the heads of one section walk through their tiles together.
+
+    A section is as many heads as have their keys and values in the L2 cache at once; within it the first programs get
+    the first tile of every head.
+    """
+    program = tl.program_id(0)
+    size = tiles * section
+    first = (program // size) * section
+    here = tl.minimum(section, heads_total - first)
+    within = program % size
+    return within // here, first + within % here
+
+
+@triton.jit
+def sequence(cu_seqlens, b, longest, total, code, mailbox, VARLEN: tl.constexpr, CHECK: tl.constexpr):
+    """(start, length) of sequence b. Bad contents are cut to what is in bounds and reported to the mailbox."""
+    if VARLEN:
+        start = tl.load(cu_seqlens + b)
+        end = tl.load(cu_seqlens + b + 1)
+        if CHECK:
+            if (end < start) | ((b == 0) & (start != 0)):
+                tl.store(mailbox + code, 1)
+            if (end > total) | (end - start > longest):
+                tl.store(mailbox + code + 1, 1)
+        start = tl.minimum(tl.maximum(start, 0), total)
+        length = tl.minimum(tl.minimum(tl.maximum(end - start, 0), longest), total - start)
+    else:
+        start = 0
+        length = longest
+    return start, length
+
+
+@triton.jit
+def interval(row, q_len, k_len, left, right, lo, hi, KIND: tl.constexpr):
+    """[begin, end) of the keys that a row sees, in keys; row is a scalar or a tensor of rows below q_len."""
+    if KIND == "table":
+        begin = tl.load(lo + row)
+        end = tl.minimum(tl.load(hi + row), k_len)
+    elif KIND == "band":
+        position = row + (k_len - q_len)
+        begin = tl.minimum(tl.maximum(position - left, 0), k_len)
+        end = tl.minimum(tl.maximum(position + right + 1, 0), k_len)
+    else:
+        begin = row * 0
+        end = row * 0 + k_len
+    return begin, end
+
+
+@triton.jit
+def key_interval(key, q_len, k_len, left, right, first, end, KIND: tl.constexpr):
+    """[first, end) of the rows that see a key: the transposed mask (masks.rows_seeing where it is a table)."""
+    if KIND == "table":
+        begin = tl.load(first + key)
+        stop = tl.minimum(tl.load(end + key), q_len)
+    elif KIND == "band":
+        position = key - (k_len - q_len)
+        begin = tl.minimum(tl.maximum(position - right, 0), q_len)
+        stop = tl.minimum(tl.maximum(position + left + 1, 0), q_len)
+    else:
+        begin = key * 0
+        stop = key * 0 + q_len
+    return begin, stop
+
+
+@triton.jit
+def split(begin_first, end_first, begin_last, end_last, BLOCK: tl.constexpr):
+    """Where a tile's walk over the other side starts, becomes unmasked, becomes masked again, and ends.
+
+    The arguments are the intervals of the tile's first and last line; both bounds are non-decreasing, so what every
+    line sees is [begin_last, end_first) and what any line sees is [begin_first, end_last).
+    """
+    start = begin_first // BLOCK * BLOCK
+    stop = tl.maximum(end_last, start)
+    full = tl.minimum((begin_last + BLOCK - 1) // BLOCK * BLOCK, (stop + BLOCK - 1) // BLOCK * BLOCK)
+    full = tl.maximum(full, start)
+    partial = tl.maximum(end_first // BLOCK * BLOCK, full)
+    return start, full, partial, stop
+
+
+@triton.jit
+def offsets(line, column, line_stride, column_stride):
+    """Element offsets of a tile, 64-bit: [lines, columns] from a column vector and a row vector of indices."""
+    return line.to(tl.int64) * line_stride + column.to(tl.int64) * column_stride
+
+
+@triton.jit
+def load_tile(pointers, line, lines, column, COLUMNS: tl.constexpr, EVEN: tl.constexpr, MASKED: tl.constexpr):
+    """A tile, 0 where it leaves the tensor; MASKED says that lines may, EVEN that columns (a head dim) never do."""
+    if EVEN:
+        if MASKED:
+            return tl.load(pointers, mask=line < lines, other=0.0)
+        return tl.load(pointers)
+    if MASKED:
+        return tl.load(pointers, mask=(line < lines) & (column < COLUMNS), other=0.0)
+    return tl.load(pointers, mask=column < COLUMNS, other=0.0)
+
+
+@triton.jit
+def dot(a, b, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
+    """a @ b in float32. WIDEN: Triton's interpreter multiplies bfloat16 wrongly, so there operands are widened."""
+    if WIDEN:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def dot_add(a, b, accumulator, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
+    """accumulator + a @ b in float32."""
+    if WIDEN:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, accumulator, input_precision=PRECISION)
+
+
+@triton.jit
+def tanh(x):
+    """1 - 2 / (exp(2x) + 1): absolute error of a rounding or two, right at both ends."""
+    return 1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2E)) + 1.0)
+
+
+@triton.jit
+def score(
+    s, row, col, diagonal, scale, softcap, slope, bias_tile,
+    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """(scores in base 2, tanh of the softcap) from raw products; row and col broadcast to the shape of s."""
+    capped = s
+    if SOFTCAP:
+        capped = tanh(s * (scale / softcap))
+        s = capped * (softcap * LOG2E)
+    else:
+        s = s * (scale * LOG2E)
+    if ALIBI:
+        # Positions as floats: exact below 2**24, and |x| is free in a multiply-add.
+        s -= tl.abs((row + diagonal).to(tl.float32) - col.to(tl.float32)) * (slope * LOG2E)
+    if BIAS == "additive":
+        s += bias_tile.to(tl.float32) * LOG2E
+    elif BIAS == "boolean":
+        s = tl.where(bias_tile != 0, s, -float("inf"))
+    return s, capped
+
+
+@triton.jit
+def _multiply_wide(a, B: tl.constexpr):
+    product = a.to(tl.uint64) * B
+    return (product >> 32).to(tl.uint32), product.to(tl.uint32)
+
+
+@triton.jit
+def keep(row, col, batch_head, rng, threshold):
+    """Which elements dropout keeps (flashtile.dropout says how): row and col broadcast to a tile.
+
+    The counters of eight elements in one thread are equal, and the compiler computes equal values once.
+    """
+    seed = tl.load(rng)
+    c0 = (row & ~8).to(tl.uint32)
+    c1 = (col & ~9).to(tl.uint32)
+    c2 = batch_head.to(tl.uint32)
+    c3 = tl.load(rng + 1).to(tl.uint32)
+    k0 = seed.to(tl.uint32)
+    k1 = (seed >> 32).to(tl.uint32)
+    for _ in tl.static_range(_ROUNDS):
+        high_0, low_0 = _multiply_wide(c0, _MULTIPLIER_0)
+        high_1, low_1 = _multiply_wide(c2, _MULTIPLIER_1)
+        c0 = high_1 ^ c1 ^ k0
+        c2 = high_0 ^ c3 ^ k1
+        c1 = low_1
+        c3 = low_0
+        k0 = (k0.to(tl.uint64) + _WEYL_0).to(tl.uint32)
+        k1 = (k1.to(tl.uint64) + _WEYL_1).to(tl.uint32)
+    word = tl.where((row & 8) != 0, tl.where((col & 8) != 0, c3, c2), tl.where((col & 8) != 0, c1, c0))
+    bits = tl.where((col & 1) != 0, word >> 16, word & 0xFFFF)
+    return bits >= threshold
+
+
+@triton.jit
+def past_end(cu_seqlens, batch, total):
+    """The first line that belongs to no sequence."""
+    return tl.minimum(tl.maximum(tl.load(cu_seqlens + batch), 0), total)
+
+
+@triton.jit
+def blank(
+    target, start, total, tile, tiles, line_stride, column_stride, BLOCK: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Zeros for the lines past the last sequence; the tiles of one extra, empty sequence share them."""
+    column = tl.arange(0, BLOCK_D)[None, :]
+    for first in tl.range(start + tile * BLOCK, total, tiles * BLOCK):
+        line = (first + tl.arange(0, BLOCK))[:, None]
+        pointers = target + offsets(line, column, line_stride, column_stride)
+        zeros = tl.zeros([BLOCK, BLOCK_D], target.dtype.element_ty)
+        tl.store(pointers, zeros, mask=(line < total) & (column < D))

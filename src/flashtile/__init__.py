@@ -2,7 +2,7 @@
 
 from flashtile import masks
 from flashtile.api import attention, attention_varlen
-from flashtile.dispatch import use_backend
+from flashtile.dispatch import check_device_errors, use_backend
 from flashtile.integrations.flash_attn import (
     flash_attn_func,
     flash_attn_kvpacked_func,
@@ -19,6 +19,7 @@ __version__ = "0.1.0"
 __all__ = [
     "attention",
     "attention_varlen",
+    "check_device_errors",
     "flash_attn_func",
     "flash_attn_kvpacked_func",
     "flash_attn_qkvpacked_func",

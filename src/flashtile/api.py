@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,9 +12,9 @@ from torch import Tensor
 from flashtile import masks, ops
 from flashtile.dropout import draw
 from flashtile.problem import Call, default_scale
-from flashtile.validation import check_is_tensor, check_out, fail
+from flashtile.validation import check_is_tensor, check_layout, check_types, check_out, fail, varlen_lengths
 
-Window = Sequence[int | None]
+Window = Sequence[int | None] | Tensor
 
 
 def attention(
@@ -80,10 +81,10 @@ def attention(
     one_head = q.ndim == k.ndim == v.ndim == 3
     if one_head:
         q, k, v = q.unsqueeze(2), k.unsqueeze(2), v.unsqueeze(2)
-    lowered = _dense_mask(q, k, combine(mask, causal, window))
-    call = _call(q, k, v, bias, alibi_slopes, sinks, lowered, scale, softcap, dropout_p, deterministic, backend)
+    call = Call(q, k, v, bias, alibi_slopes, sinks, softcap=softcap, dropout_p=dropout_p, backend=backend)
+    call = prepare(call, combine(mask, causal, window), scale, deterministic)
     if out is not None:
-        out = out.unsqueeze(2) if one_head and out.ndim == 3 else out
+        out = out.unsqueeze(2) if one_head and isinstance(out, Tensor) and out.ndim == 3 else out
         check_out(out, call, (*q.shape[:-1], v.shape[-1]))
     result, lse = ops.attention(call, out)
     result = result.squeeze(2) if one_head else result
@@ -146,13 +147,24 @@ def attention_varlen(
         cu_seqlens_k = cu_seqlens_q
     max_seqlen_q = q.shape[0] if max_seqlen_q is None else max_seqlen_q
     max_seqlen_k = k.shape[0] if max_seqlen_k is None else max_seqlen_k
-    lowered = _varlen_mask(combine(mask, causal, window), cu_seqlens_q, cu_seqlens_k, max_seqlen_q)
-    call = _call(q, k, v, bias, alibi_slopes, sinks, lowered, scale, softcap, dropout_p, deterministic, backend)
-    call = call._replace(
-        cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k
+    call = Call(
+        q,
+        k,
+        v,
+        bias,
+        alibi_slopes,
+        sinks,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        softcap=softcap,
+        dropout_p=dropout_p,
+        backend=backend,
     )
+    call = prepare(call, combine(mask, causal, window), scale, deterministic)
     if out is not None:
-        out = out.unsqueeze(1) if one_head and out.ndim == 2 else out
+        out = out.unsqueeze(1) if one_head and isinstance(out, Tensor) and out.ndim == 2 else out
         check_out(out, call, (*q.shape[:-1], v.shape[-1]))
     result, lse = ops.attention(call, out)
     result = result.squeeze(1) if one_head else result
@@ -189,61 +201,51 @@ def _sides(window: Window) -> tuple[int | None, int | None]:
     return left, right
 
 
-def _dense_mask(q: Tensor, k: Tensor, mask: masks.Mask | None) -> masks.Lowered:
-    if mask is None or q.ndim != 4 or k.ndim != 4:  # a wrong rank is reported by the checks of the call
-        return masks.Lowered()
-    return masks.lower(mask, q.shape[1], k.shape[1], q.device)
+def prepare(call: Call, mask: masks.Mask | None, scale: float | None, deterministic: bool | None) -> Call:
+    """A call as the ops want it: defaults filled in, mask lowered, autocast applied, dropout's random state drawn.
 
-
-def _varlen_mask(mask: masks.Mask | None, cu_q: Tensor, cu_k: Tensor, max_seqlen_q: int) -> masks.Lowered:
-    if mask is None or cu_q.shape != cu_k.shape:
-        return masks.Lowered()
-    return masks.lower_varlen(mask, cu_q, cu_k, max_seqlen_q)
-
-
-def _call(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
-    lowered: masks.Lowered,
-    scale: float | None,
-    softcap: float,
-    dropout_p: float,
-    deterministic: bool | None,
-    backend: str | None,
-) -> Call:
-    """The call in its one form: autocast applied, defaults filled in, dropout's random state drawn."""
-    if alibi_slopes is not None and isinstance(alibi_slopes, Tensor) and alibi_slopes.requires_grad:
-        fail("alibi_slopes", "a tensor that requires grad", "one that does not; give learned slopes as a bias")
-    if torch.is_autocast_enabled(q.device.type):
-        q, k, v, bias = _autocast(q.device.type, q, k, v, bias)
+    q, k and v may be packed. The caller's own forms of scale, mask and deterministic come beside the call.
+    """
+    check_layout(call)
+    q, k, v, bias = call[:4]
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
-    rng = draw(q.device) if isinstance(dropout_p, float) and 0.0 < dropout_p <= 1.0 else None
-    return Call(
-        q,
-        k,
-        v,
-        bias,
-        alibi_slopes,
-        sinks,
+    scale = default_scale(q.shape[-1]) if scale is None else scale
+    scale, softcap, dropout_p = check_types(call, scale, deterministic)
+    lowered = masks.Lowered() if mask is None else _lower(mask, call)
+    if torch.is_autocast_enabled(q.device.type):
+        q, k, v, bias = _autocast(q.device.type, q, k, v, bias)
+    return call._replace(
+        q=q,
+        k=k,
+        v=v,
+        bias=bias,
         lo=lowered.lo,
         hi=lowered.hi,
-        rng=rng,
+        rng=draw(q.device) if dropout_p > 0 else None,
         window_left=lowered.left,
         window_right=lowered.right,
-        scale=default_scale(q.shape[-1]) if scale is None else scale,
+        scale=scale,
         softcap=softcap,
         dropout_p=dropout_p,
         deterministic=deterministic,
-        backend=backend,
     )
+
+
+def _lower(mask: masks.Mask, call: Call) -> masks.Lowered:
+    if call.cu_seqlens_q is None or call.cu_seqlens_k is None:
+        keys = call.q if call.k is None else call.k
+        return masks.lower(mask, call.q.shape[1], keys.shape[1], call.q.device)
+    q_len = varlen_lengths(call)[1]
+    return masks.lower_varlen(mask, call.cu_seqlens_q, call.cu_seqlens_k, q_len)
 
 
 def _autocast(device: str, *tensors: Any) -> list[Any]:
     """float32 tensors in autocast's dtype, as torch's own scaled_dot_product_attention does."""
     dtype = torch.get_autocast_dtype(device)
     return [t.to(dtype) if isinstance(t, Tensor) and t.dtype == torch.float32 else t for t in tensors]
+
+
+def renamed(error: Exception, names: Mapping[str, str]) -> Exception:
+    """The same error in the argument names of a foreign signature."""
+    return type(error)(re.sub(r"\b[a-z_]+\b", lambda word: names.get(word[0], word[0]), str(error)))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from importlib import import_module
 from types import ModuleType
+
+import torch
 
 from flashtile.problem import Problem
 
@@ -72,3 +75,24 @@ def use_backend(name: str) -> Iterator[None]:
 def requested_backend() -> str | None:
     """The backend of the innermost `use_backend`, if any."""
     return getattr(_requested, "name", None)
+
+
+def check_device_errors(device: torch.device | str | int | None = None) -> None:
+    """Waits for a device and raises what its kernels found wrong with the contents of earlier calls' cu_seqlens.
+
+    On a GPU these contents cannot be looked at before a launch without waiting; a kernel that meets bad ones stays
+    within bounds and reports them, and the next call on that device raises. This call asks now.
+
+    Args:
+        device: default: every device that packed sequences were computed on.
+
+    Raises:
+        ValueError: the report, once; or no such device.
+    """
+    try:
+        device = None if device is None else torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device: got {device!r}, expected a device such as 'cuda:0'") from None
+    mailbox = sys.modules.get("flashtile.backends.triton.mailbox")
+    if mailbox is not None:  # else no kernel has run
+        mailbox.check(device)

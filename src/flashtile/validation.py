@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from typing import NoReturn
+from numbers import Real
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ def fail(argument: str, got: object, expected: str, error: type[Exception] = Val
 
 _DESCRIBED: dict[tuple[object, ...], Problem] = {}
 _DESCRIBED_LIMIT = 4096
+_OPTIONAL = ("bias", "alibi_slopes", "sinks", "cu_seqlens_q", "cu_seqlens_k")
 
 
 def describe(call: Call) -> Problem:
@@ -45,9 +47,9 @@ def _tensor_metadata(tensor: Tensor) -> tuple[object, ...]:
 
 def check(call: Call) -> Problem:
     """Checks an unpacked call and describes it."""
+    check_layout(call)
     _check_tensors(call)
     varlen = call.cu_seqlens_q is not None
-    _check_ranks(call, varlen)
     batch, q_len, k_len = _lengths(call, varlen)
     _check_heads(call)
     _check_numbers(call)
@@ -87,15 +89,14 @@ def check(call: Call) -> Problem:
 def check_is_tensor(argument: str, value: object) -> None:
     if not isinstance(value, Tensor):
         fail(argument, type(value).__name__, "a torch.Tensor", TypeError)
+    if value.layout is not torch.strided:
+        fail(argument, f"layout {value.layout}", "torch.strided", TypeError)
 
 
 def _check_tensors(call: Call) -> None:
-    names = ("q", "k", "v", "bias", "alibi_slopes", "sinks", "cu_seqlens_q", "cu_seqlens_k", "lo", "hi", "rng")
+    names = ("q", "k", "v", *_OPTIONAL, "lo", "hi", "rng")
     for name, value in zip(names, call, strict=False):
-        if value is None and name not in ("q", "k", "v"):
-            continue
-        check_is_tensor(name, value)
-        if value.device != call.q.device:
+        if value is not None and value.device != call.q.device:
             fail(name, f"device {value.device}", f"{call.q.device}, the device of q")
     if call.q.dtype not in DTYPES:
         fail("q", call.q.dtype, "float16, bfloat16, float32 or float64", TypeError)
@@ -104,11 +105,23 @@ def _check_tensors(call: Call) -> None:
             fail(name, value.dtype, f"{call.q.dtype}, the dtype of q", TypeError)
 
 
-def _check_ranks(call: Call, varlen: bool) -> None:
-    rank, layout = (3, "(total, heads, head_dim)") if varlen else (4, "(batch, seqlen, heads, head_dim)")
-    for name, value in (("q", call.q), ("k", call.k), ("v", call.v)):
-        if value.ndim != rank:
-            fail(name, f"{value.ndim} dimensions {tuple(value.shape)}", f"{rank}: {layout}")
+def check_layout(call: Call) -> None:
+    """q, k and v are tensors of the right rank; packed forms (problem.Call) hold three or two along dimension -3."""
+    varlen = call.cu_seqlens_q is not None
+    rank, rows = (3, "total") if varlen else (4, "batch, seqlen")
+    q, k, v = call[:3]
+    for name, value, parts in (
+        ("q", q, 3 if k is None else 1),
+        ("k", k, 1 if v is not None else 2 if k is not None else 0),
+        ("v", v, 1 if v is not None else 0),
+    ):
+        if parts == 0:
+            continue
+        check_is_tensor(name, value)
+        packed = parts > 1
+        if value.ndim != rank + packed or packed and value.shape[-3] != parts:
+            layout = f"({rows}, {f'{parts}, ' if packed else ''}heads, head_dim)"
+            fail(name, f"{value.ndim} dimensions {tuple(value.shape)}", f"{rank + packed}: {layout}")
 
 
 def _lengths(call: Call, varlen: bool) -> tuple[int, int, int]:
@@ -120,10 +133,11 @@ def _lengths(call: Call, varlen: bool) -> tuple[int, int, int]:
         if k.shape[0] != q.shape[0]:
             fail("k", f"batch {k.shape[0]}", f"{q.shape[0]}, the batch of q")
         return q.shape[0], q.shape[1], k.shape[1]
-    return _varlen_lengths(call)
+    return varlen_lengths(call)
 
 
-def _varlen_lengths(call: Call) -> tuple[int, int, int]:
+def varlen_lengths(call: Call) -> tuple[int, int, int]:
+    """(batch, max_seqlen_q, max_seqlen_k) of a call with packed sequences, from shapes and numbers only."""
     batch, k_batch = (_sequences(name, getattr(call, name)) for name in ("cu_seqlens_q", "cu_seqlens_k"))
     if k_batch != batch:
         fail("cu_seqlens_k", f"length {k_batch + 1}", f"{batch + 1}, the length of cu_seqlens_q")
@@ -141,7 +155,9 @@ def _sequences(name: str, cu: Tensor) -> int:
 
 
 def _longest(name: str, longest: int | None) -> int:
-    if longest is None or longest < 0:
+    if isinstance(longest, bool) or not isinstance(longest, (int, torch.SymInt)):
+        fail(name, type(longest).__name__, "an int", TypeError)
+    if longest < 0:
         fail(name, longest, "an int >= 0")
     return longest
 
@@ -175,11 +191,36 @@ def _check_heads(call: Call) -> None:
             fail(name, f"head_dim {dim}", f"1 to {MAX_HEAD_DIM}")
 
 
+def check_types(call: Call, scale: float, deterministic: bool) -> tuple[float, float, float]:
+    """(scale, softcap, dropout_p) as floats, all other types checked.
+
+    Here and not in `check`, whose answers are kept for equal calls: to Python, 1, 1.0 and True are equal.
+    """
+    for name, value in zip(_OPTIONAL, call[3:8], strict=True):
+        if value is not None:
+            check_is_tensor(name, value)
+    if call.alibi_slopes is not None and call.alibi_slopes.requires_grad:
+        fail("alibi_slopes", "a tensor that requires grad", "one that does not; give learned slopes as a bias")
+    if not isinstance(deterministic, bool):
+        fail("deterministic", type(deterministic).__name__, "a bool or None", TypeError)
+    if call.backend is not None and not isinstance(call.backend, str):
+        fail("backend", type(call.backend).__name__, "a name or None", TypeError)
+    if call.cu_seqlens_q is not None:
+        varlen_lengths(call)
+    return _number("scale", scale), _number("softcap", call.softcap), _number("dropout_p", call.dropout_p)
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, (float, torch.SymFloat)):
+        return value
+    if isinstance(value, bool) or not isinstance(value, (Real, torch.SymInt)):
+        fail(name, type(value).__name__, "a number", TypeError)
+    return float(value)
+
+
 def _check_numbers(call: Call) -> None:
     for name, value in (("scale", call.scale), ("softcap", call.softcap), ("dropout_p", call.dropout_p)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            fail(name, type(value).__name__, "a float", TypeError)
-        if not math.isfinite(value):
+        if not isinstance(value, torch.SymFloat) and not math.isfinite(value):
             fail(name, value, "a finite number")
     if call.softcap < 0:
         fail("softcap", call.softcap, "0 (off) or a positive number")

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from flashtile import masks, ops
+from flashtile.dispatch import BACKENDS
 from flashtile.dropout import draw
 from flashtile.problem import Call, default_scale
-from flashtile.validation import check_is_tensor, check_layout, check_types, check_out, fail, varlen_lengths
+from flashtile.validation import check_is_tensor, check_layout, check_out, check_types, fail, varlen_lengths
 
 Window = Sequence[int | None] | Tensor
 
@@ -193,7 +195,7 @@ def _sides(window: Window) -> tuple[int | None, int | None]:
     if len(window) != 2:
         fail("window", f"{len(window)} values", "a pair (left, right)")
     for side in window:
-        if isinstance(side, (bool, float, str)):
+        if side is not None and (isinstance(side, bool) or not isinstance(side, (Integral, torch.SymInt))):
             fail("window", f"{type(side).__name__} {side!r}", "ints or None", TypeError)
         if side is not None and side < -1:
             fail("window", tuple(window), "0 or more keys on a side, None or -1 for unlimited")
@@ -207,13 +209,15 @@ def prepare(call: Call, mask: masks.Mask | None, scale: float | None, determinis
     q, k and v may be packed. The caller's own forms of scale, mask and deterministic come beside the call.
     """
     check_layout(call)
+    if call.backend is not None and call.backend not in BACKENDS:
+        fail("backend", repr(call.backend), f"one of {', '.join(map(repr, BACKENDS))}")
     q, k, v, bias = call[:4]
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
     scale = default_scale(q.shape[-1]) if scale is None else scale
     scale, softcap, dropout_p = check_types(call, scale, deterministic)
     lowered = masks.Lowered() if mask is None else _lower(mask, call)
-    if torch.is_autocast_enabled(q.device.type):
+    if not q.is_meta and torch.is_autocast_enabled(q.device.type):
         q, k, v, bias = _autocast(q.device.type, q, k, v, bias)
     return call._replace(
         q=q,

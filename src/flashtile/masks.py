@@ -45,7 +45,7 @@ class Mask:
         raise NotImplementedError
 
     def __and__(self, other: Mask) -> Mask:
-        return Both(self, other)
+        return Both(self, other) if isinstance(other, Mask) else NotImplemented
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,11 @@ class Window(Mask):
 
     left: int | None = None
     right: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, side in (("left", self.left), ("right", self.right)):
+            if side is not None:
+                _check_int(f"Window {name}", side)
 
     def distances(self) -> tuple[int | None, int | None]:
         return self.left, self.right
@@ -83,6 +88,9 @@ class Prefix(Mask):
 
     length: int
 
+    def __post_init__(self) -> None:
+        _check_int("Prefix length", self.length, 0)
+
     def bounds(self, row: Tensor, q_len: Length, k_len: Length) -> tuple[Tensor, Tensor]:
         position = row + (k_len - q_len)
         return torch.zeros_like(position), (position + 1).clamp(min=self.length)
@@ -95,6 +103,10 @@ class Chunked(Mask):
     size: int
     overlap: int = 0
 
+    def __post_init__(self) -> None:
+        _check_int("Chunked size", self.size, 1)
+        _check_int("Chunked overlap", self.overlap, 0)
+
     def bounds(self, row: Tensor, q_len: Length, k_len: Length) -> tuple[Tensor, Tensor]:
         start = (row + (k_len - q_len)).div(self.size, rounding_mode="floor") * self.size
         return start - self.overlap, start + self.size + self.overlap
@@ -105,6 +117,12 @@ class Documents(Mask):
     """Packed documents of the given lengths, end to end; a row sees its own document only."""
 
     lengths: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.lengths, (tuple, list)):
+            raise TypeError(f"Documents lengths: got {type(self.lengths).__name__}, expected a tuple of ints")
+        for length in self.lengths:
+            _check_int("Documents lengths", length, 0)
 
     def bounds(self, row: Tensor, q_len: Length, k_len: Length) -> tuple[Tensor, Tensor]:
         position = row + (k_len - q_len)
@@ -160,6 +178,13 @@ class Both(Mask):
         lo_a, hi_a = self.first.bounds(row, q_len, k_len)
         lo_b, hi_b = self.second.bounds(row, q_len, k_len)
         return torch.maximum(lo_a, lo_b), torch.minimum(hi_a, hi_b)
+
+
+def _check_int(name: str, value: object, least: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected an int")
+    if least is not None and value < least:
+        raise ValueError(f"{name}: got {value}, expected at least {least}")
 
 
 def _tighter(a: int | None, b: int | None) -> int | None:

@@ -1,8 +1,8 @@
 """The functions of the flash_attn 2.8 package, with its parameter names, order, defaults and meaning.
 
 Beyond the original: any device, float32 and float64, a value head_dim of its own, a differentiable lse. A
-`window_size` side of -1 is unlimited; window and causal mask are aligned at the bottom right. Packed inputs stay packed:
-the gradient of qkv or kv is one tensor, written in place.
+`window_size` side of -1 is unlimited; window and causal mask are aligned at the bottom right. Packed inputs stay
+packed: the gradient of qkv or kv is one tensor, written in place.
 
 With return_attn_probs=True each function returns (out, lse, S_dmask): lse (batch, heads, q_len) or (heads, total_q),
 +inf for a row that sees nothing; S_dmask as `signed_probabilities` makes it, empty without dropout.
@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from flashtile import masks
 from flashtile.api import combine, prepare, renamed
 from flashtile.integrations.dropout_pattern import signed_probabilities
 from flashtile.ops import attention as attend
@@ -47,9 +46,7 @@ def flash_attn_func(
 
     See the module for what is common to all, `flashtile.attention` for the meaning and defaults of each argument.
     """
-    call = Call(
-        q, k, v, None, alibi_slopes, softcap=softcap, dropout_p=dropout_p, deterministic=deterministic
-    )
+    call = Call(q, k, v, None, alibi_slopes, softcap=softcap, dropout_p=dropout_p, deterministic=deterministic)
     return _attend(call, softmax_scale, causal, window_size, return_attn_probs, _NAMES)
 
 
@@ -66,9 +63,7 @@ def flash_attn_kvpacked_func(
     return_attn_probs: bool = False,
 ) -> Result:
     """As flash_attn_func, with k and v in one kv (batch, k_len, 2, kv_heads, head_dim)."""
-    call = Call(
-        q, kv, None, None, alibi_slopes, softcap=softcap, dropout_p=dropout_p, deterministic=deterministic
-    )
+    call = Call(q, kv, None, None, alibi_slopes, softcap=softcap, dropout_p=dropout_p, deterministic=deterministic)
     return _attend(call, softmax_scale, causal, window_size, return_attn_probs, _KV_NAMES)
 
 
@@ -84,9 +79,7 @@ def flash_attn_qkvpacked_func(
     return_attn_probs: bool = False,
 ) -> Result:
     """As flash_attn_func, with q, k and v in one qkv (batch, seqlen, 3, heads, head_dim)."""
-    call = Call(
-        qkv, None, None, None, alibi_slopes, softcap=softcap, dropout_p=dropout_p, deterministic=deterministic
-    )
+    call = Call(qkv, None, None, None, alibi_slopes, softcap=softcap, dropout_p=dropout_p, deterministic=deterministic)
     return _attend(call, softmax_scale, causal, window_size, return_attn_probs, _QKV_NAMES)
 
 

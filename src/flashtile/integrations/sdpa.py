@@ -54,13 +54,11 @@ def scaled_dot_product_attention(
     torch.Size([1, 4, 128, 64])
     """
     _check(query, key, value, attn_mask, is_causal, enable_gqa)
-    rank, batch = query.ndim, ()
+    rank, batch = query.ndim, list[int]()
     if not _is_plain(query, key, value, enable_gqa):
         rank, batch, query, key, value, attn_mask = _four_dimensional(query, key, value, attn_mask, enable_gqa)
     mask = masks.Window(None, query.shape[2] - key.shape[2]) if is_causal else None
-    call = Call(
-        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask, dropout_p=dropout_p
-    )
+    call = Call(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask, dropout_p=dropout_p)
     try:
         out = ops.attention(prepare(call, mask, scale, None))[0].transpose(1, 2)
     except (TypeError, ValueError) as error:

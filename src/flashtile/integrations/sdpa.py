@@ -54,7 +54,7 @@ def scaled_dot_product_attention(
     torch.Size([1, 4, 128, 64])
     """
     _check(query, key, value, attn_mask, is_causal, enable_gqa)
-    rank, batch = query.ndim, list[int]()
+    rank, batch = query.ndim, list(query.shape[:-3])
     if not _is_plain(query, key, value, enable_gqa):
         rank, batch, query, key, value, attn_mask = _four_dimensional(query, key, value, attn_mask, enable_gqa)
     mask = masks.Window(None, query.shape[2] - key.shape[2]) if is_causal else None

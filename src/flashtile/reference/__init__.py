@@ -2,6 +2,10 @@
 
 The backend is `standard`: every feature, any device, float64 included, memory quadratic in sequence length. All other
 backends are measured against it.
+
+The algorithms take one head, compute in the dtype of their inputs and count their slow-memory traffic: `textbook`
+(standard attention in three steps), `softmax` (safe, and split in parts), `flash1`, `flash2` and `flash2_backward`;
+`traffic` has the closed forms of the counts. docs/tutorial.md walks through them.
 """
 
 from __future__ import annotations

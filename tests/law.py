@@ -38,7 +38,7 @@ class Arrows:
     @classmethod
     def from_document(cls, text: str) -> Arrows:
         """Reads the line of arrows and the line of leaves in docs/design.md."""
-        line = re.search(r"^\s+(\S.* -> .*leaves)$", text, re.MULTILINE)
+        line = re.search(r"^(    \S.* ->(?:.*\n    )+.*leaves)$", text, re.MULTILINE)
         leaves = re.search(r"^Leaves: (.*?)\.", text, re.MULTILINE)
         if line is None or leaves is None:
             raise ValueError("docs/design.md has no line of arrows, or no line of leaves")

@@ -24,9 +24,13 @@ _requested = threading.local()
 
 def load(name: str) -> ModuleType:
     """The module of a backend: `supports(problem)`, `forward(...)`, `backward(...)`."""
+    _check_name(name)
+    return _load(name)
+
+
+def _check_name(name: str) -> None:
     if name not in BACKENDS:
         raise ValueError(f"backend: got {name!r}, expected one of {', '.join(map(repr, BACKENDS))}")
-    return _load(name)
 
 
 @lru_cache
@@ -63,7 +67,7 @@ def use_backend(name: str) -> Iterator[None]:
 
     Raises ValueError for an unknown name. Per thread; contexts nest.
     """
-    load(name)
+    _check_name(name)
     before = requested_backend()
     _requested.name = name
     try:

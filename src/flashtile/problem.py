@@ -84,13 +84,15 @@ class Problem:
     total_k: int = 0
     deterministic: bool = False
 
-    def __post_init__(self) -> None:
-        # A Problem is a dictionary key on every call: hash it once.
-        values = tuple(getattr(self, name) for name in self.__dataclass_fields__)
-        object.__setattr__(self, "_hash", hash(values))
-
     def __hash__(self) -> int:
-        return self._hash  # type: ignore[attr-defined]
+        # A Problem is a dictionary key on every call: hash it once. And not before it is one: while a compiler traces
+        # dynamic shapes, lengths are symbols, which have no hash.
+        try:
+            return self._hash  # type: ignore[attr-defined,no-any-return]
+        except AttributeError:
+            values = tuple(getattr(self, name) for name in self.__dataclass_fields__)
+            object.__setattr__(self, "_hash", hash(values))
+            return self._hash  # type: ignore[attr-defined,no-any-return]
 
     @property
     def group(self) -> int:

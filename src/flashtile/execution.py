@@ -1,0 +1,82 @@
+"""Running one call: check it, choose a backend, run it. Both ways into attention, thin and dispatched, end here."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashtile.dispatch import choose, load
+from flashtile.merge import sink_gradient
+from flashtile.problem import Call, Problem, unpack
+from flashtile.validation import check_cu_seqlens_values, describe
+
+Gradients = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+def run_forward(call: Call, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(out, lse) of a call whose tensors are plain ones with memory."""
+    call = unpack(call)
+    problem = describe(call)
+    if call.cu_seqlens_q is not None and call.cu_seqlens_k is not None and problem.device == "cpu":
+        check_cu_seqlens_values("cu_seqlens_q", call.cu_seqlens_q, problem.total_q, problem.q_len)
+        check_cu_seqlens_values("cu_seqlens_k", call.cu_seqlens_k, problem.total_k, problem.k_len)
+    out = empty_out(call.q, problem) if out is None else out
+    if problem.empty:
+        return _forward_of_nothing(problem, call, out)
+    return load(choose(problem, call.backend)).forward(problem, call, out)
+
+
+def run_backward(
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, bias_grad: bool, *fields: Any
+) -> Gradients:
+    """Gradients of q, k, v (packed as the inputs were), bias and sinks; None for what the call does not have."""
+    packed = Call(*fields)
+    grads = empty_gradients(packed)
+    call = unpack(packed)
+    views = unpack(call._replace(q=grads[0], k=grads[1], v=grads[2]))
+    dqkv = (views.q, views.k, views.v)
+    problem = describe(call)
+    if problem.empty:
+        dbias, dsinks = _backward_of_nothing(call, lse, dlse, dqkv, bias_grad)
+    else:
+        backend = load(choose(problem, call.backend))
+        dbias, dsinks = backend.backward(problem, call, out, lse, dout, dlse, dqkv, bias_grad)
+    return (*grads, dbias, dsinks)
+
+
+def empty_gradients(call: Call) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Memory for the gradients of q, k and v in the inputs' own packing and layout."""
+    dq, dk, dv = (None if t is None else torch.empty_like(t) for t in call[:3])
+    return dq, dk, dv  # type: ignore[return-value]
+
+
+def empty_out(q: Tensor, problem: Problem) -> Tensor:
+    """Memory for the result, its dimensions in q's own order (head_dim innermost), as PyTorch's attention has it."""
+    shape, strides = problem.out_shape, q.stride()[:-1]
+    if all(outer >= inner for outer, inner in pairwise(strides)):
+        return q.new_empty(shape)
+    order = sorted(range(len(strides)), key=lambda axis: strides[axis], reverse=True)
+    laid_out = q.new_empty([*(shape[axis] for axis in order), shape[-1]])
+    return laid_out.permute([*(order.index(axis) for axis in range(len(order))), len(order)])
+
+
+def _forward_of_nothing(problem: Problem, call: Call, out: Tensor) -> tuple[Tensor, Tensor]:
+    lse = call.q.new_full(problem.lse_shape, -torch.inf, dtype=problem.lse_dtype)
+    if call.sinks is not None:
+        lse.copy_(call.sinks[:, None].expand(problem.lse_shape))
+    return out.zero_(), lse
+
+
+def _backward_of_nothing(
+    call: Call, lse: Tensor, dlse: Tensor | None, dqkv: tuple[Tensor, ...], bias_grad: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    for grad in dqkv:
+        grad.zero_()
+    dbias = torch.zeros_like(call.bias) if bias_grad and call.bias is not None else None
+    if call.sinks is None:
+        return dbias, None
+    delta = torch.zeros_like(lse) if dlse is None else -dlse
+    return dbias, sink_gradient(call.sinks, lse, delta)

@@ -245,9 +245,10 @@ def _lower(mask: masks.Mask, call: Call) -> masks.Lowered:
 
 
 def _autocast(device: str, *tensors: Any) -> list[Any]:
-    """float32 tensors in autocast's dtype, as torch's own scaled_dot_product_attention does."""
+    """Tensors in autocast's dtype as torch's own scaled_dot_product_attention has them: all floating ones but float64."""
     dtype = torch.get_autocast_dtype(device)
-    return [t.to(dtype) if isinstance(t, Tensor) and t.dtype == torch.float32 else t for t in tensors]
+    eligible = (torch.float16, torch.bfloat16, torch.float32)
+    return [t.to(dtype) if isinstance(t, Tensor) and t.dtype in eligible else t for t in tensors]
 
 
 def renamed(error: Exception, names: Mapping[str, str]) -> Exception:

@@ -130,7 +130,9 @@ class Documents(Mask):
         starts = torch.cat([ends.new_zeros(1), ends])
         document = torch.searchsorted(ends, position.contiguous(), right=True)
         last = len(self.lengths)
-        return starts[document.clamp(max=last)], starts[(document + 1).clamp(max=last)]
+        # A row before the first key is in no document: its end stays at 0, and so before the first document's.
+        end = starts[(document + 1).clamp(max=last)].masked_fill(position < 0, 0)
+        return starts[document.clamp(max=last)], end
 
 
 @dataclass(frozen=True, eq=False)

@@ -245,7 +245,7 @@ def _lower(mask: masks.Mask, call: Call) -> masks.Lowered:
 
 
 def _autocast(device: str, *tensors: Any) -> list[Any]:
-    """Tensors in autocast's dtype as torch's own scaled_dot_product_attention has them: all floating ones but float64."""
+    """Floating tensors but float64 ones in autocast's dtype, as torch's own scaled_dot_product_attention has them."""
     dtype = torch.get_autocast_dtype(device)
     eligible = (torch.float16, torch.bfloat16, torch.float32)
     return [t.to(dtype) if isinstance(t, Tensor) and t.dtype in eligible else t for t in tensors]

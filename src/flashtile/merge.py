@@ -53,6 +53,11 @@ def _check_states(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> None:
     for index, (out, lse) in enumerate(zip(outs, lses, strict=True)):
         if out.ndim not in (3, 4) or out.shape != outs[0].shape:
             raise ValueError(f"outs[{index}]: got shape {tuple(out.shape)}, expected {tuple(outs[0].shape)} of 3 or 4")
+        for name, part in ((f"outs[{index}]", out), (f"lses[{index}]", lse)):
+            if not part.is_floating_point():
+                raise TypeError(f"{name}: got {part.dtype}, expected a floating-point dtype")
+            if part.device != outs[0].device:
+                raise ValueError(f"{name}: got device {part.device}, expected {outs[0].device}, the device of outs[0]")
         expected = (*out.shape[:-3], heads, rows)
         if tuple(lse.shape) != expected:
             raise ValueError(f"lses[{index}]: got shape {tuple(lse.shape)}, expected {expected}")

@@ -46,6 +46,7 @@ def flash_attn_func(
 
     See the module for what is common to all, `flashtile.attention` for the meaning and defaults of each argument.
     """
+    _check_tensors(k=k, v=v)
     call = Call(q, k, v, None, alibi_slopes, softcap=softcap, dropout_p=dropout_p, deterministic=deterministic)
     return _attend(call, softmax_scale, causal, window_size, return_attn_probs, _NAMES)
 
@@ -63,6 +64,7 @@ def flash_attn_kvpacked_func(
     return_attn_probs: bool = False,
 ) -> Result:
     """As flash_attn_func, with k and v in one kv (batch, k_len, 2, kv_heads, head_dim)."""
+    _check_tensors(kv=kv)
     call = Call(q, kv, None, None, alibi_slopes, softcap=softcap, dropout_p=dropout_p, deterministic=deterministic)
     return _attend(call, softmax_scale, causal, window_size, return_attn_probs, _KV_NAMES)
 
@@ -108,9 +110,10 @@ def flash_attn_varlen_func(
     """
     if block_table is not None:
         raise NotImplementedError("block_table: got a paged key-value cache, expected None")
-    check_is_tensor("cu_seqlens_q", cu_seqlens_q)
+    _check_tensors(k=k, v=v, cu_seqlens_q=cu_seqlens_q)
     call = Call(
-        q, k, v, None, alibi_slopes, None, cu_seqlens_q, cu_seqlens_k, None, None, None, max_seqlen_q, max_seqlen_k,
+        q, k, v, None, alibi_slopes, None, cu_seqlens_q, cu_seqlens_k,
+        max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
         softcap=softcap, dropout_p=dropout_p, deterministic=deterministic,
     )  # fmt: skip
     return _attend(call, softmax_scale, causal, window_size, return_attn_probs, _NAMES)
@@ -133,9 +136,10 @@ def flash_attn_varlen_kvpacked_func(
     return_attn_probs: bool = False,
 ) -> Result:
     """As flash_attn_varlen_func, with k and v in one kv (total_k, 2, kv_heads, head_dim)."""
-    check_is_tensor("cu_seqlens_q", cu_seqlens_q)
+    _check_tensors(kv=kv, cu_seqlens_q=cu_seqlens_q)
     call = Call(
-        q, kv, None, None, alibi_slopes, None, cu_seqlens_q, cu_seqlens_k, None, None, None, max_seqlen_q, max_seqlen_k,
+        q, kv, None, None, alibi_slopes, None, cu_seqlens_q, cu_seqlens_k,
+        max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
         softcap=softcap, dropout_p=dropout_p, deterministic=deterministic,
     )  # fmt: skip
     return _attend(call, softmax_scale, causal, window_size, return_attn_probs, _KV_NAMES)
@@ -155,12 +159,19 @@ def flash_attn_varlen_qkvpacked_func(
     return_attn_probs: bool = False,
 ) -> Result:
     """As flash_attn_varlen_func, with q, k and v in one qkv (total, 3, heads, head_dim)."""
-    check_is_tensor("cu_seqlens", cu_seqlens)
+    _check_tensors(cu_seqlens=cu_seqlens)
     call = Call(
-        qkv, None, None, None, alibi_slopes, None, cu_seqlens, cu_seqlens, None, None, None, max_seqlen, max_seqlen,
+        qkv, None, None, None, alibi_slopes, None, cu_seqlens, cu_seqlens,
+        max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen,
         softcap=softcap, dropout_p=dropout_p, deterministic=deterministic,
     )  # fmt: skip
     return _attend(call, softmax_scale, causal, window_size, return_attn_probs, _QKV_NAMES)
+
+
+def _check_tensors(**tensors: object) -> None:
+    # None in the place of one of these would give the call another form.
+    for name, tensor in tensors.items():
+        check_is_tensor(name, tensor)
 
 
 def _attend(

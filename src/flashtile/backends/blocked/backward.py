@@ -1,0 +1,179 @@
+"""Backward: for each block of keys, the tiles of rows that see it, their weights recomputed from lse.
+
+    P = 2^(S - lse)     dV += P^T dO     dS = P * (dO V^T - delta)     dQ += dS K     dK += dS^T Q
+
+with delta = rowsum(dO * O) - dlse (Dao 2023, algorithm 2). In bfloat16, where nothing but the mask lies between q.k and
+the softmax, S - lse and dO V^T - delta come out of the products themselves, through three more columns, and a tile
+costs one exponential and one multiplication beside its five products. dK and dV of a block stay while rows pass.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flashtile.backends.blocked import native
+from flashtile.backends.blocked.configs import Config, pick_backward, working_dtype
+from flashtile.backends.blocked.intervals import Tile, cover
+from flashtile.backends.blocked.scores import (
+    LOG2E,
+    SHIFT_COLUMNS,
+    Scoring,
+    Scratch,
+    bias_tile,
+    factor,
+    pack,
+    shiftable,
+    split,
+)
+from flashtile.backends.blocked.slabs import Slab, slabs
+from flashtile.merge import sink_gradient
+from flashtile.problem import Call, Problem
+
+# Stands for -lse of a row that saw nothing: its weights become 0, where -inf would make them NaN.
+_UNSEEN = -1e30
+
+
+def backward(
+    problem: Problem,
+    call: Call,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    grads: tuple[Tensor, Tensor, Tensor],
+    bias_grad: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Writes dq, dk and dv and returns (dbias, dsinks), as the backend contract in docs/design.md says."""
+    if dlse is None and native.serves(problem):
+        native.backward(problem, call, out, lse, dout, grads)
+        return None, None
+    if problem.varlen:
+        for grad in grads:
+            grad.zero_()
+    delta = _delta(out, lse, dout, dlse)
+    dbias = None
+    if bias_grad and call.bias is not None:
+        dbias = torch.zeros(call.bias.shape, dtype=problem.lse_dtype, device=lse.device)
+    config, scratch = pick_backward(problem), Scratch(call.q)
+    for slab in slabs(problem, call, config.rows, config.keys, config.work):
+        part = _Keys(problem, call, slab, scratch, (lse, delta, dout))
+        part.dbias = None if dbias is None else slab.of_bias(dbias)
+        part.differentiate(config, grads)
+    if dbias is not None and call.bias is not None:
+        dbias = dbias.to(call.bias.dtype)
+    return dbias, None if call.sinks is None else sink_gradient(call.sinks, lse, delta)
+
+
+def _delta(out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None) -> Tensor:
+    """rowsum(dout * out) - dlse in lse's shape; 0 for a row that saw nothing, so that its gradients are 0."""
+    rows = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1).transpose(-1, -2)
+    delta = rows if dlse is None else rows - dlse
+    return delta.masked_fill(lse == -torch.inf, 0.0)
+
+
+class _Keys:
+    """The keys and values of a slab and, one after the other, the tiles that see a block of them."""
+
+    dbias: Tensor | None = None
+
+    def __init__(self, problem: Problem, call: Call, slab: Slab, scratch: Scratch, saved: tuple[Tensor, ...]) -> None:
+        assert call.k is not None and call.v is not None
+        self.problem, self.slab, self.scratch = problem, slab, scratch
+        self.scoring = Scoring(problem, call, slab)
+        self.narrow, self.wide = working_dtype(problem), problem.lse_dtype
+        # With dropout delta is subtracted after elements were dropped, so the product cannot do it.
+        self.fused = shiftable(problem) and problem.dropout_p == 0
+        lse, delta = (slab.of_lse(t) for t in saved[:2])
+        shift = (-lse).masked_fill(lse == -torch.inf, _UNSEEN)
+        q, do, k, v = slab.of_queries(call.q), slab.of_queries(saved[2]), slab.of_keys(call.k), slab.of_keys(call.v)
+        ones = (1.0,) * SHIFT_COLUMNS if self.fused else ()
+        self.q = pack(q, self.narrow, split(shift / problem.scale, self.narrow) if self.fused else ())
+        self.do = pack(do, self.narrow, split(-delta, self.narrow) if self.fused else ())
+        self.k, self.v = pack(k, self.narrow, ones), pack(v, self.narrow, ones)
+        self.shift, self.delta = ((t.reshape(self.q.shape[0], -1, 1)) for t in (shift * LOG2E, delta))
+        self.qk_dim, self.v_dim = problem.qk_dim, problem.v_dim
+
+    def differentiate(self, config: Config, grads: tuple[Tensor, Tensor, Tensor]) -> None:
+        """Writes the slab's part of dq, dk and dv."""
+        slab, problem = self.slab, self.problem
+        dq, dk, dv = slab.of_queries(grads[0]), slab.of_keys(grads[1]), slab.of_keys(grads[2])
+        self.dq = self.q.new_zeros((*self.q.shape[:2], self.qk_dim), dtype=self.wide)
+        seen_by = slab.mask.transposed()
+        row_step = max(config.rows // slab.group, 1)
+        for key in range(0, slab.k_len, config.keys):
+            end = min(key + config.keys, slab.k_len)
+            self.dk = self.k.new_zeros((self.k.shape[0], end - key, self.qk_dim), dtype=self.wide)
+            self.dv = self.k.new_zeros((self.k.shape[0], end - key, self.v_dim), dtype=self.wide)
+            for turned in cover(seen_by, slab.mask, key, end, row_step, max(config.edge // slab.group, 1)):
+                self._see(_turn(turned), key)
+            dk[:, :, key:end].copy_((self.dk * problem.scale).view_as(dk[:, :, key:end]))
+            dv[:, :, key:end].copy_(self.dv.view_as(dv[:, :, key:end]))
+        dq.copy_((self.dq * problem.scale).view_as(dq))
+
+    def _see(self, tile: Tile, key: int) -> None:
+        """Adds what one tile contributes to every gradient."""
+        rows = slice(tile.row * self.slab.group, tile.row_end * self.slab.group)
+        keys = slice(tile.column, tile.column_end)
+        own = slice(tile.column - key, tile.column_end - key)
+        weights, dscores = (self._fused if self.fused else self._general)(tile, rows, keys)
+        q, k, do = self.q[:, rows, : self.qk_dim], self.k[:, keys, : self.qk_dim], self.do[:, rows, : self.v_dim]
+        self._accumulate(self.dv[:, own], weights.transpose(1, 2), do)
+        self._accumulate(self.dq[:, rows], dscores, k)
+        self._accumulate(self.dk[:, own], dscores.transpose(1, 2), q)
+
+    def _accumulate(self, total: Tensor, left: Tensor, right: Tensor) -> None:
+        if self.narrow == self.wide:
+            total.baddbmm_(left, right)
+        else:
+            total += torch.bmm(left, right, out=self.scratch.take("product", tuple(total.shape), self.narrow))
+
+    def _fused(self, tile: Tile, rows: slice, keys: slice) -> tuple[Tensor, Tensor]:
+        """(P, dS) in the working dtype, shift and delta subtracted by the products."""
+        q, k, do, v = self.q[:, rows], self.k[:, keys], self.do[:, rows], self.v[:, keys]
+        weights = self._product("weights", q, k, factor(self.problem)).exp2_()
+        dscores = self._product("dweights", do, v)
+        if self.scoring.hides(tile):
+            self.scoring.hide(tile, weights, 0.0)
+            self.scoring.hide(tile, dscores, 0.0)
+        return weights, dscores.mul_(weights)
+
+    def _product(self, name: str, left: Tensor, right: Tensor, alpha: float = 1.0) -> Tensor:
+        """alpha * left right^T."""
+        shape = (*left.shape[:2], right.shape[1])
+        return product(self.scratch.take(name, shape, self.narrow), left, right, alpha)
+
+    def _general(self, tile: Tile, rows: slice, keys: slice) -> tuple[Tensor, Tensor]:
+        """(dropped P, dS) in the working dtype, computed in the wide one with every feature."""
+        problem, scoring = self.problem, self.scoring
+        scores = self._product("products", self.q[:, rows], self.k[:, keys], factor(problem)).to(self.wide)
+        scoring.bend(scores)
+        slope = 1 - (scores / (problem.softcap * LOG2E)).square_() if problem.softcap > 0 else None
+        scoring.add(tile, scores)
+        scores += self.shift[:, rows]
+        weights = scores.exp2_()
+        dweights = self._product("dweights", self.do[:, rows], self.v[:, keys]).to(self.wide)
+        kept = weights
+        if problem.dropout_p > 0:
+            keep = 1 / (1 - problem.dropout_p) if problem.dropout_p < 1 else 0.0
+            kept = weights * keep
+            for values in (kept, dweights.mul_(keep)):
+                scoring.drop(tile, values)
+        dscores = dweights.sub_(self.delta[:, rows]).mul_(weights)
+        if scoring.hides(tile):
+            for values in (kept, dscores):
+                scoring.hide(tile, values, 0.0)
+        self._add_bias_gradient(tile, dscores)
+        return kept.to(self.narrow), (dscores if slope is None else dscores.mul_(slope)).to(self.narrow)
+
+    def _add_bias_gradient(self, tile: Tile, dscores: Tensor) -> None:
+        """Adds a tile's dS to the gradient of the bias, summed over the dimensions that the bias broadcasts."""
+        if self.dbias is None:
+            return
+        target = bias_tile(self.dbias, tile)
+        target += self.scoring.by_head(tile, dscores).sum_to_size(target.shape)
+
+
+def _turn(tile: Tile) -> Tile:
+    """A tile of the transposed scores as one of the scores."""
+    return Tile(tile.column, tile.column_end, tile.row, tile.row_end, tile.partial)

@@ -1,0 +1,161 @@
+"""Forward: for each block of query rows, an online softmax over the tiles of keys that the mask shows.
+
+For a tile with scores S in units of log2 and the rows' running reference m, denominator l and sum O:
+
+    P = 2^(S - m)      l += rowsum(P)      O += P V            at the end  O / l  and  lse = (m + log2 l) ln 2
+
+The softmax is exact for any m that keeps P in range, so m is not the running maximum: it moves only where a row's
+scores pass it by more than `_SLACK`. In bfloat16, whose products round to eight bits, three more columns of Q hold -m:
+S - m comes out of the product itself and is rounded where it is small, near the maximum, so that lse keeps its digits.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from flashtile.backends.blocked import native
+from flashtile.backends.blocked.configs import Config, pick_forward, working_dtype
+from flashtile.backends.blocked.intervals import Tile, cover
+from flashtile.backends.blocked.scores import SHIFT_COLUMNS, Scoring, Scratch, factor, pack, product, shiftable, split
+from flashtile.backends.blocked.slabs import Slab, slabs
+from flashtile.problem import Call, Problem
+
+# In powers of two. Scores in bfloat16 lose digits with their distance from m, so m follows closely.
+_SLACK = 3.0
+
+# Fewer rows than this do not pay for a copy of the keys with two more columns.
+_ROWS_WORTH_PACKING = 64
+
+
+def forward(problem: Problem, call: Call, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(out, lse) of a call, as the backend contract in docs/design.md says."""
+    if native.serves(problem):
+        return native.forward(problem, call, out)
+    out = call.q.new_empty(problem.out_shape) if out is None else out
+    lse = call.q.new_empty(problem.lse_shape, dtype=problem.lse_dtype)
+    if problem.varlen:
+        out.zero_()
+        lse.fill_(-torch.inf)
+    config, scratch = pick_forward(problem), Scratch(call.q)
+    for slab in slabs(problem, call, config.rows, config.keys, config.work):
+        _attend(problem, call, slab, config, scratch, slab.of_queries(out), slab.of_lse(lse))
+    return out, lse
+
+
+def _attend(
+    problem: Problem, call: Call, slab: Slab, config: Config, scratch: Scratch, out: Tensor, lse: Tensor
+) -> None:
+    """One slab: writes out [batch, kv, q_len, group, v_dim] and lse [batch, kv, q_len, group]."""
+    rows = _Rows(problem, call, slab, scratch)
+    back = slab.mask.transposed()
+    step = max(config.rows // slab.group, 1)
+    for row in range(0, slab.q_len, step):
+        row_end = min(row + step, slab.q_len)
+        rows.start(row, row_end)
+        for tile in cover(slab.mask, back, row, row_end, config.keys, config.edge):
+            rows.see(tile)
+        part_out, part_lse = rows.finish()
+        out[:, :, row:row_end].copy_(part_out.view_as(out[:, :, row:row_end]))
+        lse[:, :, row:row_end].copy_(part_lse.view_as(lse[:, :, row:row_end]))
+
+
+class _Rows:
+    """The running softmax of a block of rows; all tensors are [units, rows * group, ...]."""
+
+    def __init__(self, problem: Problem, call: Call, slab: Slab, scratch: Scratch) -> None:
+        assert call.k is not None and call.v is not None
+        self.problem, self.group, self.scratch = problem, slab.group, scratch
+        self.scoring = Scoring(problem, call, slab)
+        self.narrow, self.wide = working_dtype(problem), problem.lse_dtype
+        q, k = slab.of_queries(call.q), slab.of_keys(call.k)
+        self.shifts = shiftable(problem) and slab.q_len * slab.group >= _ROWS_WORTH_PACKING
+        self.q = pack(q, self.narrow, (0.0,) * SHIFT_COLUMNS if self.shifts else ())
+        self.k = pack(k, self.narrow, (1.0,) * SHIFT_COLUMNS if self.shifts else ())
+        self.v = pack(slab.of_keys(call.v), self.narrow)
+        self.sinks = None if call.sinks is None else slab.of_heads(call.sinks).to(self.wide)
+
+    def start(self, row: int, row_end: int) -> None:
+        self.row = row
+        self.block_q = self.q[:, row * self.group : row_end * self.group]
+        shape = self.block_q.shape[:2]
+        self.m = self.block_q.new_zeros(shape, dtype=self.wide)
+        self.l = torch.zeros_like(self.m)
+        self.o = self.m.new_zeros((*shape, self.v.shape[-1]))
+
+    def see(self, tile: Tile) -> None:
+        """Takes the keys and values of a tile into l and O."""
+        rows = slice((tile.row - self.row) * self.group, (tile.row_end - self.row) * self.group)
+        scores = self._follow(tile, rows, self._scores(tile, rows))
+        weights = scores.exp2_()
+        self.l[:, rows] += weights.sum(-1)
+        if self.problem.dropout_p > 0:
+            self.scoring.drop(tile, weights)
+        o, v = self.o[:, rows], self.v[:, tile.column : tile.column_end]
+        if self.narrow == self.wide:
+            o.baddbmm_(weights, v)
+            return
+        weights = self.scratch.take("weights", weights.shape, self.narrow).copy_(weights)
+        part = self.scratch.take("part", o.shape, self.narrow)
+        o += torch.bmm(weights, v, out=part)
+
+    def _scores(self, tile: Tile, rows: slice) -> Tensor:
+        """S - m of a tile in the wide dtype, -inf where hidden."""
+        q, k = self.block_q[:, rows], self.k[:, tile.column : tile.column_end]
+        shape = (*q.shape[:2], k.shape[1])
+        scores = products = product(self.scratch.take("products", shape, self.narrow), q, k, factor(self.problem))
+        if self.narrow != self.wide:
+            scores = self.scratch.take("scores", shape, self.wide).copy_(products)
+        self.scoring.bend(scores)
+        self.scoring.add(tile, scores)
+        if self.scoring.hides(tile):
+            self.scoring.hide(tile, scores, -torch.inf)
+        if not self.shifts:
+            scores -= self.m[:, rows, None]
+        return scores
+
+    def _follow(self, tile: Tile, rows: slice, scores: Tensor) -> Tensor:
+        """Moves m of rows that saw nothing before or whose scores passed it; returns the scores that are left."""
+        top = scores.amax(-1)
+        # A comparison on the host would wait for any other device.
+        if scores.device.type == "cpu" and not bool(((top > _SLACK) | (self.l[:, rows] == 0)).any()):
+            return scores
+        if self.shifts:
+            # Multiplied again, the scores near the new m are exact to more digits than the ones that it came from.
+            self._move(rows, top)
+            scores = self._scores(tile, rows)
+            top = scores.amax(-1)
+        scores -= self._move(rows, top)[..., None]
+        return scores
+
+    def _move(self, rows: slice, top: Tensor) -> Tensor:
+        """Raises m by what the scores pass it, and lowers it to them in rows that saw nothing; returns the change."""
+        m, l, o = self.m[:, rows], self.l[:, rows], self.o[:, rows]
+        fresh = l == 0
+        rise = torch.where(fresh, top, top.clamp(min=0.0)).masked_fill_(top == -torch.inf, 0.0)
+        moved = m + rise
+        if self.shifts:
+            columns = split(moved / -factor(self.problem), self.narrow)
+            self.block_q[:, rows, -len(columns) :] = torch.stack(columns, -1)
+        m.copy_(moved)
+        # A fresh row has nothing to rescale; its m may fall far, and 2^(a large number) * 0 is not 0.
+        shrink = torch.exp2(-rise.masked_fill(fresh, 0.0))
+        l *= shrink
+        o *= shrink[..., None]
+        return rise
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """(out, lse) of the block."""
+        lse = (self.m + torch.log2(self.l)) * math.log(2)
+        out = self.o / self.l.masked_fill(self.l == 0, 1.0)[..., None]
+        if self.problem.dropout_p > 0:
+            out *= 1 / (1 - self.problem.dropout_p) if self.problem.dropout_p < 1 else 0.0
+        if self.sinks is None:
+            return out, lse
+        # A sink is one more key whose value is 0: it only enlarges the denominator.
+        kv, group = self.sinks.shape[1], self.sinks.shape[3]
+        sinks = self.sinks.expand(lse.shape[0] // kv, kv, lse.shape[1] // group, group).reshape(lse.shape)
+        total = torch.logaddexp(lse, sinks)
+        return out * torch.exp(lse - total.clamp(min=torch.finfo(total.dtype).min))[..., None], total

@@ -23,6 +23,7 @@ from flashtile.backends.blocked.scores import (
     bias_tile,
     factor,
     pack,
+    product,
     shiftable,
     split,
 )

@@ -15,22 +15,32 @@ import triton.language as tl
 from torch import Tensor
 
 from flashtile.backends.triton import configs, launch
-from flashtile.backends.triton.tiles import LOG2E, dot, interval, keep, load_tile, offsets, score, sequence
+from flashtile.backends.triton.tiles import (
+    dot,
+    interval,
+    keep,
+    load_tile,
+    offsets,
+    score,
+    scratch_row,
+    sequence,
+    span,
+)
 from flashtile.problem import Call, Problem
 
 
 @triton.jit(do_not_specialize=launch.RUNTIME)
 def bias_kernel(
-    q, k, v, do, lse, delta, dbias, bias, slopes, sinks, cu_q, cu_k, lo, hi, rng, mailbox,
+    q, k, v, do, rows, dbias, bias, slopes, sinks, cu_q, cu_k, lo, hi, rng, mailbox,
     stride_qb, stride_qm, stride_qh, stride_qd, stride_kb, stride_kn, stride_kh, stride_kd,
     stride_vb, stride_vn, stride_vh, stride_vd, stride_yb, stride_ym, stride_yh, stride_yd,
     stride_bb, stride_bh, stride_bm, stride_bn, stride_gb, stride_gh, stride_gm, stride_gn, stride_sb, stride_tb,
-    batch, heads, group, max_q, max_k, total_q, total_k, tiles, left, right, repeat_b, repeat_h,
+    batch, heads, group, max_q, max_k, total_q, total_k, padded, scratch, tiles, left, right, repeat_b, repeat_h,
     scale, softcap, threshold, keep_scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, VARLEN: tl.constexpr, KIND: tl.constexpr, LEFT: tl.constexpr,
     SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr, WIDEN: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One tile of dbias: the sum of dS over the repeat_b batches and repeat_h heads that share it."""
     program = tl.program_id(0)
@@ -41,12 +51,12 @@ def bias_kernel(
     program = program // tiles
     own_b = program // (heads // repeat_h)
     own_h = program % (heads // repeat_h)
-    line = tl.arange(0, BLOCK_M)
-    lane = tl.arange(0, BLOCK_N)
-    d = tl.arange(0, BLOCK_D)
-    dv = tl.arange(0, BLOCK_DV)
-    row = first_row + line
-    col = first_key + lane
+    line = span(BLOCK_M, WIDE)
+    lane = span(BLOCK_N, WIDE)
+    d = span(BLOCK_D, WIDE)
+    dv = span(BLOCK_DV, WIDE)
+    row = first_row + tl.arange(0, BLOCK_M)
+    col = first_key + tl.arange(0, BLOCK_N)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for index in tl.range(0, repeat_b * repeat_h, num_stages=STAGES):
         b = (own_b + index // repeat_h).to(tl.int64)
@@ -56,7 +66,7 @@ def bias_kernel(
         k_start, k_len = sequence(cu_k, b, max_k, total_k, 0, mailbox, VARLEN, False)
         at_q = (q_start + first_row).to(tl.int64)
         at_k = (k_start + first_key).to(tl.int64)
-        rows = row < q_len
+        exists = row < q_len
         q_ptrs = q + b * stride_qb + h * stride_qh + at_q * stride_qm
         q_ptrs += offsets(line[:, None], d[None, :], stride_qm, stride_qd)
         k_ptrs = k + b * stride_kb + h // group * stride_kh + at_k * stride_kn
@@ -69,29 +79,31 @@ def bias_kernel(
         k_tile = load_tile(k_ptrs, col[:, None], k_len, d[None, :], D, BLOCK_D == D, True)
         v_tile = load_tile(v_ptrs, col[:, None], k_len, dv[None, :], DV, BLOCK_DV == DV, True)
         do_tile = load_tile(do_ptrs, row[:, None], q_len, dv[None, :], DV, BLOCK_DV == DV, True)
-        per_row = h * total_q + q_start if VARLEN else bh * max_q
-        lse_row = tl.load(lse + per_row + row, mask=rows, other=float("inf")) * LOG2E
-        lse_row = tl.where(lse_row == -float("inf"), 0.0, lse_row)
-        delta_row = tl.load(delta + per_row + row, mask=rows, other=0.0)
+        row_at = rows + scratch_row(b, h, heads, q_start, padded, VARLEN) + row
+        lse = tl.load(row_at, mask=exists, other=float("inf"))
+        delta = tl.load(row_at + scratch, mask=exists, other=0.0)
         slope = 0.0
         if ALIBI:
             slope = tl.load(slopes + b * stride_sb + h).to(tl.float32)
         s = dot(q_tile, tl.trans(k_tile), PRECISION, WIDEN)  # [BLOCK_M, BLOCK_N]
-        bias_ptrs = bias + b * stride_bb + h * stride_bh + offsets(row[:, None], col[None, :], stride_bm, stride_bn)
-        bias_tile = tl.load(bias_ptrs, mask=rows[:, None] & (col < k_len)[None, :], other=0.0)
+        bias_ptrs = bias + b * stride_bb + h * stride_bh
+        bias_ptrs += first_row.to(tl.int64) * stride_bm + first_key.to(tl.int64) * stride_bn
+        bias_ptrs += offsets(line[:, None], lane[None, :], stride_bm, stride_bn)
+        bias_tile = tl.load(bias_ptrs, mask=exists[:, None] & (col < k_len)[None, :], other=0.0)
         s, _ = score(
             s, row[:, None], col[None, :], k_len - q_len, scale, softcap, slope, bias_tile, SOFTCAP, ALIBI, BIAS
         )
         seen_row = tl.minimum(row, tl.maximum(q_len - 1, 0))
         begin, end = interval(seen_row, q_len, k_len, left, right, lo + b * stride_tb, hi + b * stride_tb, KIND)
-        seen = (col[None, :] >= begin[:, None]) & (col[None, :] < end[:, None]) & rows[:, None]
-        p = tl.where(seen, tl.exp2(s - lse_row[:, None]), 0.0)
+        seen = (col[None, :] >= begin[:, None]) & (col[None, :] < end[:, None]) & exists[:, None]
+        p = tl.where(seen, tl.exp2(s - lse[:, None]), 0.0)
         dp = dot(do_tile, tl.trans(v_tile), PRECISION, WIDEN)
         if DROPOUT:
             dp = tl.where(keep(row[:, None], col[None, :], bh, rng, threshold), dp * keep_scale, 0.0)
-        total += p * (dp - delta_row[:, None])
+        total += p * (dp - delta[:, None])
     dbias += own_b.to(tl.int64) * stride_gb + own_h.to(tl.int64) * stride_gh
-    pointers = dbias + offsets(row[:, None], col[None, :], stride_gm, stride_gn)
+    dbias += first_row.to(tl.int64) * stride_gm + first_key.to(tl.int64) * stride_gn
+    pointers = dbias + offsets(line[:, None], lane[None, :], stride_gm, stride_gn)
     tl.store(pointers, total.to(dbias.dtype.element_ty), mask=(row < max_q)[:, None] & (col < max_k)[None, :])
 
 
@@ -120,26 +132,25 @@ def allocate(problem: Problem, call: Call, kind: str) -> Tensor | None:
 
 
 def finish(
-    problem: Problem, call: Call, kind: str, partial: Tensor, rows: tuple[Tensor, Tensor, Tensor]
+    problem: Problem, call: Call, kind: str, partial: Tensor, dout: Tensor, rows: Tensor
 ) -> Tensor:
-    """dbias in the bias's own shape and dtype; rows = (dout, lse, delta)."""
+    """dbias in the bias's own shape and dtype."""
     bias = call.bias
     assert bias is not None and call.k is not None and call.v is not None
     if kind == "summed":
-        dout, lse, delta = rows
-        tensors = (call.q, call.k, call.v, dout, lse, delta, partial, *launch.extras(call))
-        launch.run(bias_kernel, problem, call, tensors, _prepare, ())
+        tensors = (call.q, call.k, call.v, dout, rows, partial, *launch.extras(call))
+        launch.run(bias_kernel, problem, call, tensors, prepare, ())
     if kind in ("row", "column"):
         partial = partial[..., None] if kind == "row" else partial[:, :, None, :]
         return partial.sum_to_size(problem.bias_shape).to(bias.dtype).reshape(bias.shape)  # type: ignore[arg-type]
     return partial
 
 
-def _prepare(
+def prepare(
     problem: Problem, call: Call, tensors: tuple[Tensor, ...], variant: tuple[object, ...]
 ) -> launch.Plan:
     config = configs.backward_bias(problem)
-    q, k, v, dout, _, _, dbias, *_ = tensors
+    q, k, v, dout, _, dbias, *_ = tensors
     assert problem.bias_shape is not None
     batch, heads = problem.bias_shape[:2]
     tiles = triton.cdiv(problem.q_len, config.BLOCK_M)
@@ -151,6 +162,7 @@ def _prepare(
         **launch.bias_strides("g", dbias),
         **launch.scalars(problem, call),
         **launch.constants(problem, config),
+        "WIDE": launch.wide(call.bias, q, k, v, dout),
         "tiles": tiles,
         "repeat_b": problem.batch // batch,
         "repeat_h": problem.q_heads // heads,

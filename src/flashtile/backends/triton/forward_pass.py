@@ -28,6 +28,7 @@ from flashtile.backends.triton.tiles import (
     place,
     score,
     sequence,
+    span,
     split,
 )
 from flashtile.problem import Call, Problem
@@ -95,15 +96,15 @@ def forward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, VARLEN: tl.constexpr, KIND: tl.constexpr, LEFT: tl.constexpr,
     SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr, SINKS: tl.constexpr, DROPOUT: tl.constexpr,
-    FOLD: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr, STAGES: tl.constexpr,
+    FOLD: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     tile, bh = place(tiles, programs, section)
     # The last rows see the most under a causal mask: start them first.
     tile = tiles - 1 - tile
     b = (bh // heads).to(tl.int64)
     h = (bh % heads).to(tl.int64)
-    d = tl.arange(0, BLOCK_D)
-    dv = tl.arange(0, BLOCK_DV)
+    d = span(BLOCK_D, WIDE)
+    dv = span(BLOCK_DV, WIDE)
     out += h * stride_oh
     if VARLEN:
         lse += h * total_q
@@ -134,8 +135,8 @@ def forward_kernel(
     bias += b * stride_bb + h * stride_bh + first_row.to(tl.int64) * stride_bm
     lo += b * stride_tb
     hi += b * stride_tb
-    line = tl.arange(0, BLOCK_M)
-    lane = tl.arange(0, BLOCK_N)
+    line = span(BLOCK_M, WIDE)
+    lane = span(BLOCK_N, WIDE)
     q_ptrs = q + offsets(line[:, None], d[None, :], stride_qm, stride_qd)
     k_ptrs = k + offsets(lane[:, None], d[None, :], stride_kn, stride_kd)
     v_ptrs = v + offsets(lane[:, None], dv[None, :], stride_vn, stride_vd)
@@ -190,11 +191,11 @@ def forward(problem: Problem, call: Call, out: Tensor | None = None) -> tuple[Te
         out = torch.empty(problem.out_shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(problem.lse_shape, dtype=torch.float32, device=q.device)
     tensors = (q, k, v, out, lse, *launch.extras(call))
-    launch.run(forward_kernel, problem, call, tensors, _prepare, ())
+    launch.run(forward_kernel, problem, call, tensors, prepare, ())
     return out, lse
 
 
-def _prepare(
+def prepare(
     problem: Problem, call: Call, tensors: tuple[Tensor, ...], variant: tuple[object, ...]
 ) -> launch.Plan:
     config = configs.forward(problem)
@@ -208,6 +209,7 @@ def _prepare(
         **launch.strides("o", "bmhd", out, problem.varlen),
         **launch.scalars(problem, call),
         **launch.constants(problem, config),
+        "WIDE": launch.wide(call.bias, *tensors[:4]),
         "tiles": tiles,
         "programs": programs,
         "section": launch.section(problem, problem.k_len, problem.group),

@@ -17,7 +17,7 @@ from flashtile import dropout
 from flashtile.backends.triton import mailbox
 from flashtile.backends.triton.configs import Config
 from flashtile.backends.triton.tiles import UNLIMITED
-from flashtile.problem import Call, Problem
+from flashtile.problem import MAX_HEAD_DIM, Call, Problem
 
 # Integers that change from call to call: a kernel specialised on their values would be compiled again and again.
 RUNTIME = [
@@ -146,6 +146,8 @@ def scalars(problem: Problem, call: Call) -> dict[str, Any]:
         "max_k": problem.k_len,
         "total_q": problem.total_q,
         "total_k": problem.total_k,
+        "padded": _padded_rows(problem),
+        "scratch": scratch_rows(problem),
         "left": _distance(problem.window_left),
         "right": _distance(problem.window_right),
         "scale": float(problem.scale),
@@ -155,9 +157,27 @@ def scalars(problem: Problem, call: Call) -> dict[str, Any]:
     }
 
 
+def _padded_rows(problem: Problem) -> int:
+    """Rows of one head (varlen: of all sequences) in the backward's scratch, a multiple of 128 for each sequence."""
+    rows = problem.total_q + 128 * problem.batch if problem.varlen else problem.q_len
+    return -(-rows // 128) * 128
+
+
+def scratch_rows(problem: Problem) -> int:
+    """Rows in the backward's scratch."""
+    return _padded_rows(problem) * problem.q_heads * (1 if problem.varlen else problem.batch)
+
+
 def _distance(side: int | None) -> int:
     limit: int = UNLIMITED.value
     return limit if side is None else max(-limit, min(side, limit))
+
+
+def wide(bias: Tensor | None, *tensors: Tensor) -> bool:
+    """True where an offset within one tile may pass 2**31 elements; tensors are (..., rows, heads, dim)."""
+    steps = [step for tensor in tensors for step in (tensor.stride(-3), tensor.stride(-1))]
+    steps += [] if bias is None else bias.stride()[-2:]
+    return max(map(abs, steps)) * MAX_HEAD_DIM >= 2**31
 
 
 def constants(problem: Problem, config: Config) -> dict[str, Any]:

@@ -102,9 +102,28 @@ def split(begin_first, end_first, begin_last, end_last, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def span(SIZE: tl.constexpr, WIDE: tl.constexpr):
+    """0, 1, ..., SIZE - 1; 64-bit where a tile's own offsets pass 2**31 elements, which costs registers."""
+    index = tl.arange(0, SIZE)
+    if WIDE:
+        index = index.to(tl.int64)
+    return index
+
+
+@triton.jit
 def offsets(line, column, line_stride, column_stride):
-    """Element offsets of a tile, 64-bit: [lines, columns] from a column vector and a row vector of indices."""
-    return line.to(tl.int64) * line_stride + column.to(tl.int64) * column_stride
+    """Element offsets within a tile: [lines, columns] from a column vector and a row vector of indices."""
+    return line * line_stride + column * column_stride
+
+
+@triton.jit
+def scratch_row(b, h, heads, q_start, padded, VARLEN: tl.constexpr):
+    """Where a sequence's rows start in the backward's scratch; every sequence has room up to a multiple of 128 rows."""
+    if VARLEN:
+        at = h * padded + (q_start + 128 * b) // 128 * 128
+    else:
+        at = (b * heads + h) * padded
+    return tl.multiple_of(at, 128)
 
 
 @triton.jit
@@ -210,9 +229,9 @@ def blank(
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Zeros for the lines past the last sequence; the tiles of one extra, empty sequence share them."""
-    column = tl.arange(0, BLOCK_D)[None, :]
+    column = span(BLOCK_D, True)[None, :]
     for first in tl.range(start + tile * BLOCK, total, tiles * BLOCK):
-        line = (first + tl.arange(0, BLOCK))[:, None]
+        line = (first + span(BLOCK, True))[:, None]
         pointers = target + offsets(line, column, line_stride, column_stride)
         zeros = tl.zeros([BLOCK, BLOCK_D], target.dtype.element_ty)
         tl.store(pointers, zeros, mask=(line < total) & (column < D))

@@ -34,10 +34,15 @@ def merge_states(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor
     """
     _check_states(outs, lses)
     stacked = torch.stack([lse.to(torch.promote_types(lse.dtype, torch.float32)) for lse in lses])
-    lse = torch.logsumexp(stacked, 0)
+    top = stacked.detach().amax(0)
     # A row that no part saw has lse -inf: its weights are exp(-inf - 0) = 0, not NaN.
-    finite = torch.where(lse == -torch.inf, torch.zeros_like(lse), lse)
-    weights = torch.exp(stacked - finite).transpose(-1, -2)[..., None]  # [parts, ..., q_len, heads, 1]
+    shares = torch.exp(stacked - top.masked_fill(top == -torch.inf, 0.0))
+    total = shares.sum(0)
+    blind = total == 0
+    total = total.masked_fill(blind, 1.0)
+    lse = (top + torch.log(total)).masked_fill(blind, -torch.inf)
+    # Divided by their own sum, weights add up to 1 however coarsely a large lse is rounded.
+    weights = (shares / total).transpose(-1, -2)[..., None]  # [parts, ..., q_len, heads, 1]
     out = sum(weight * part.to(weight.dtype) for weight, part in zip(weights, outs, strict=True))
     assert isinstance(out, Tensor)
     return out.to(outs[0].dtype), lse.to(lses[0].dtype)

@@ -1,0 +1,20 @@
+"""The entry point of `flashtile` and `python -m flashtile`: importable without the packages of the `cli` extra."""
+
+from __future__ import annotations
+
+import sys
+
+NEEDED = ("typer", "rich")
+USAGE_ERROR = 2
+
+
+def main() -> None:
+    """Runs the command line; ends the process with 0 (ok), 1 (a check failed) or 2 (usage error)."""
+    try:
+        from flashtile.cli.commands import app
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] not in NEEDED:
+            raise
+        print(f"flashtile: the command line needs {error.name}: pip install flashtile[cli]", file=sys.stderr)
+        raise SystemExit(USAGE_ERROR) from None
+    app()

@@ -64,8 +64,9 @@ def attention(
         backend: "triton", "blocked" or "reference"; default: the first that serves the call. Obeyed or refused.
 
     Returns:
-        out, (batch, q_len, heads, v_dim) in q's dtype, contiguous; with return_lse also lse, (batch, heads, q_len)
-        float32, natural logarithm. A row that sees no key gives 0 and -inf.
+        out, (batch, q_len, heads, v_dim) in q's dtype, its dimensions in memory in q's order; with return_lse also lse,
+        (batch, heads, q_len), float32 (float64 for float64 inputs), natural logarithm. A row that sees no key gives
+        0 and -inf. 3-D inputs give (batch, q_len, v_dim) and (batch, q_len).
 
     Raises:
         TypeError, ValueError: a bad argument, before anything is launched; the message says got and expected.
@@ -89,7 +90,8 @@ def attention(
         out = out.unsqueeze(2) if one_head and isinstance(out, Tensor) and out.ndim == 3 else out
         check_out(out, call, (*q.shape[:-1], v.shape[-1]))
     result, lse = ops.attention(call, out)
-    result = result.squeeze(2) if one_head else result
+    if one_head:
+        result, lse = result.squeeze(2), lse.squeeze(1)
     return (result, lse) if return_lse else result
 
 
@@ -133,7 +135,8 @@ def attention_varlen(
         The other arguments: as `attention`; masks are aligned per sequence.
 
     Returns:
-        out, (total_q, heads, v_dim); with return_lse also lse, (heads, total_q) float32.
+        out, (total_q, heads, v_dim); with return_lse also lse, (heads, total_q), float32 (float64 for float64 inputs).
+        2-D inputs give (total_q, v_dim) and (total_q,).
 
     Raises:
         TypeError, ValueError, NotImplementedError: as `attention`.
@@ -169,7 +172,8 @@ def attention_varlen(
         out = out.unsqueeze(1) if one_head and isinstance(out, Tensor) and out.ndim == 2 else out
         check_out(out, call, (*q.shape[:-1], v.shape[-1]))
     result, lse = ops.attention(call, out)
-    result = result.squeeze(1) if one_head else result
+    if one_head:
+        result, lse = result.squeeze(1), lse.squeeze(0)
     return (result, lse) if return_lse else result
 
 
@@ -199,8 +203,12 @@ def _sides(window: Window) -> tuple[int | None, int | None]:
             fail("window", f"{type(side).__name__} {side!r}", "ints or None", TypeError)
         if side is not None and side < -1:
             fail("window", tuple(window), "0 or more keys on a side, None or -1 for unlimited")
-    left, right = (None if side is None or side == -1 else side for side in window)
+    left, right = (None if side is None or side == -1 else _as_int(side) for side in window)
     return left, right
+
+
+def _as_int(side: Any) -> Any:
+    return side if isinstance(side, (int, torch.SymInt)) else int(side)  # NumPy has integers of its own
 
 
 def prepare(call: Call, mask: masks.Mask | None, scale: float | None, deterministic: bool | None) -> Call:

@@ -2,9 +2,8 @@
 
     P = 2^(S - lse)     dV += P^T dO     dS = P * (dO V^T - delta)     dQ += dS K     dK += dS^T Q
 
-with delta = rowsum(dO * O) - dlse (Dao 2023, algorithm 2). In bfloat16, where nothing but the mask lies between q.k and
-the softmax, S - lse and dO V^T - delta come out of the products themselves, through three more columns, and a tile
-costs one exponential and one multiplication beside its five products. dK and dV of a block stay while rows pass.
+with delta = rowsum(dO * O) - dlse (Dao 2023, algorithm 2). In bfloat16 dO V^T - delta comes out of the product itself,
+through three more columns. dK and dV of a block stay while rows pass.
 """
 
 from __future__ import annotations
@@ -17,22 +16,18 @@ from flashtile.backends.blocked.configs import Config, pick_backward, working_dt
 from flashtile.backends.blocked.intervals import Tile, cover
 from flashtile.backends.blocked.scores import (
     LOG2E,
-    SHIFT_COLUMNS,
     Scoring,
     Scratch,
     bias_tile,
+    exponents,
     factor,
     pack,
     product,
-    shiftable,
     split,
 )
 from flashtile.backends.blocked.slabs import Slab, slabs
 from flashtile.merge import sink_gradient
 from flashtile.problem import Call, Problem
-
-# Stands for -lse of a row that saw nothing: its weights become 0, where -inf would make them NaN.
-_UNSEEN = -1e30
 
 
 def backward(
@@ -83,16 +78,16 @@ class _Keys:
         self.problem, self.slab, self.scratch = problem, slab, scratch
         self.scoring = Scoring(problem, call, slab)
         self.narrow, self.wide = working_dtype(problem), problem.lse_dtype
-        # With dropout delta is subtracted after elements were dropped, so the product cannot do it.
-        self.fused = shiftable(problem) and problem.dropout_p == 0
+        # With dropout, delta is subtracted after elements were dropped, so the product cannot do it.
+        self.fused = self.narrow != self.wide and self.scoring.plain and problem.dropout_p == 0
+        q, k, v = slab.of_queries(call.q), slab.of_keys(call.k), slab.of_keys(call.v)
         lse, delta = (slab.of_lse(t) for t in saved[:2])
-        shift = (-lse).masked_fill(lse == -torch.inf, _UNSEEN)
-        q, do, k, v = slab.of_queries(call.q), slab.of_queries(saved[2]), slab.of_keys(call.k), slab.of_keys(call.v)
-        ones = (1.0,) * SHIFT_COLUMNS if self.fused else ()
-        self.q = pack(q, self.narrow, split(shift / problem.scale, self.narrow) if self.fused else ())
-        self.do = pack(do, self.narrow, split(-delta, self.narrow) if self.fused else ())
-        self.k, self.v = pack(k, self.narrow, ones), pack(v, self.narrow, ones)
-        self.shift, self.delta = ((t.reshape(self.q.shape[0], -1, 1)) for t in (shift * LOG2E, delta))
+        columns = split(-delta, self.narrow) if self.fused else ()
+        self.q, self.do = pack(q, self.narrow), pack(slab.of_queries(saved[2]), self.narrow, columns)
+        self.k, self.v = pack(k, self.narrow), pack(v, self.narrow, (1.0,) * len(columns))
+        # Where a row saw nothing, its weights must become 0, not NaN.
+        lse = lse.masked_fill(lse == -torch.inf, torch.inf) * LOG2E
+        self.lse, self.delta = (t.reshape(self.q.shape[0], -1, 1) for t in (lse, delta))
         self.qk_dim, self.v_dim = problem.qk_dim, problem.v_dim
 
     def differentiate(self, config: Config, grads: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -130,10 +125,12 @@ class _Keys:
             total += torch.bmm(left, right, out=self.scratch.take("product", tuple(total.shape), self.narrow))
 
     def _fused(self, tile: Tile, rows: slice, keys: slice) -> tuple[Tensor, Tensor]:
-        """(P, dS) in the working dtype, shift and delta subtracted by the products."""
-        q, k, do, v = self.q[:, rows], self.k[:, keys], self.do[:, rows], self.v[:, keys]
-        weights = self._product("weights", q, k, factor(self.problem)).exp2_()
-        dscores = self._product("dweights", do, v)
+        """(P, dS) in the working dtype, delta subtracted by the product."""
+        products = self._product("products", self.q[:, rows], self.k[:, keys], factor(self.problem))
+        wide = self.scratch.take("scores", products.shape, self.wide)
+        exponents(products, self.lse[:, rows], out=wide).exp2_()
+        weights = products.copy_(wide)
+        dscores = self._product("dweights", self.do[:, rows], self.v[:, keys])
         if self.scoring.hides(tile):
             self.scoring.hide(tile, weights, 0.0)
             self.scoring.hide(tile, dscores, 0.0)
@@ -149,10 +146,9 @@ class _Keys:
         problem, scoring = self.problem, self.scoring
         scores = self._product("products", self.q[:, rows], self.k[:, keys], factor(problem)).to(self.wide)
         scoring.bend(scores)
-        slope = 1 - (scores / (problem.softcap * LOG2E)).square_() if problem.softcap > 0 else None
+        slope = 1 - (scores / problem.softcap).square_() if problem.softcap > 0 else None
         scoring.add(tile, scores)
-        scores += self.shift[:, rows]
-        weights = scores.exp2_()
+        weights = exponents(scores, self.lse[:, rows], out=scores).exp2_()
         dweights = self._product("dweights", self.do[:, rows], self.v[:, keys]).to(self.wide)
         kept = weights
         if problem.dropout_p > 0:

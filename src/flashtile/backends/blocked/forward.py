@@ -1,12 +1,11 @@
 """Forward: for each block of query rows, an online softmax over the tiles of keys that the mask shows.
 
-For a tile with scores S in units of log2 and the rows' running reference m, denominator l and sum O:
+For a tile with scores S, taken in units of log2, and the rows' running reference m, denominator l and sum O:
 
     P = 2^(S - m)      l += rowsum(P)      O += P V            at the end  O / l  and  lse = (m + log2 l) ln 2
 
-The softmax is exact for any m that keeps P in range, so m is not the running maximum: it moves only where a row's
-scores pass it by more than `_SLACK`. In bfloat16, whose products round to eight bits, three more columns of Q hold -m:
-S - m comes out of the product itself and is rounded where it is small, near the maximum, so that lse keeps its digits.
+The softmax is exact for any m that keeps P in range, so m is not the running maximum: after a row's first tile it moves
+only where scores pass it by more than `_SLACK`, and most tiles rescale nothing.
 """
 
 from __future__ import annotations
@@ -19,15 +18,12 @@ from torch import Tensor
 from flashtile.backends.blocked import native
 from flashtile.backends.blocked.configs import Config, pick_forward, working_dtype
 from flashtile.backends.blocked.intervals import Tile, cover
-from flashtile.backends.blocked.scores import SHIFT_COLUMNS, Scoring, Scratch, factor, pack, product, shiftable, split
+from flashtile.backends.blocked.scores import Scoring, Scratch, exponents, factor, pack, product
 from flashtile.backends.blocked.slabs import Slab, slabs
 from flashtile.problem import Call, Problem
 
-# In powers of two. Scores in bfloat16 lose digits with their distance from m, so m follows closely.
-_SLACK = 3.0
-
-# Fewer rows than this do not pay for a copy of the keys with two more columns.
-_ROWS_WORTH_PACKING = 64
+# In powers of two: float32 and bfloat16 hold 2**127, and a row may sum up 2**31 weights times values of 2**32.
+_SLACK = 32.0
 
 
 def forward(problem: Problem, call: Call, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -71,9 +67,7 @@ class _Rows:
         self.scoring = Scoring(problem, call, slab)
         self.narrow, self.wide = working_dtype(problem), problem.lse_dtype
         q, k = slab.of_queries(call.q), slab.of_keys(call.k)
-        self.shifts = shiftable(problem) and slab.q_len * slab.group >= _ROWS_WORTH_PACKING
-        self.q = pack(q, self.narrow, (0.0,) * SHIFT_COLUMNS if self.shifts else ())
-        self.k = pack(k, self.narrow, (1.0,) * SHIFT_COLUMNS if self.shifts else ())
+        self.q, self.k = pack(q, self.narrow), pack(k, self.narrow)
         self.v = pack(slab.of_keys(call.v), self.narrow)
         self.sinks = None if call.sinks is None else slab.of_heads(call.sinks).to(self.wide)
 
@@ -88,7 +82,7 @@ class _Rows:
     def see(self, tile: Tile) -> None:
         """Takes the keys and values of a tile into l and O."""
         rows = slice((tile.row - self.row) * self.group, (tile.row_end - self.row) * self.group)
-        scores = self._follow(tile, rows, self._scores(tile, rows))
+        scores = self._follow(rows, self._scores(tile, rows))
         weights = scores.exp2_()
         self.l[:, rows] += weights.sum(-1)
         if self.problem.dropout_p > 0:
@@ -104,47 +98,32 @@ class _Rows:
     def _scores(self, tile: Tile, rows: slice) -> Tensor:
         """S - m of a tile in the wide dtype, -inf where hidden."""
         q, k = self.block_q[:, rows], self.k[:, tile.column : tile.column_end]
-        shape = (*q.shape[:2], k.shape[1])
-        scores = products = product(self.scratch.take("products", shape, self.narrow), q, k, factor(self.problem))
-        if self.narrow != self.wide:
-            scores = self.scratch.take("scores", shape, self.wide).copy_(products)
-        self.scoring.bend(scores)
-        self.scoring.add(tile, scores)
+        shape, m = (*q.shape[:2], k.shape[1]), self.m[:, rows, None]
+        products = product(self.scratch.take("products", shape, self.narrow), q, k, factor(self.problem))
+        scores = products if self.narrow == self.wide else self.scratch.take("scores", shape, self.wide)
+        if not self.scoring.plain:
+            self.scoring.bend(scores.copy_(products))
+            self.scoring.add(tile, scores)
+            products = scores
+        exponents(products, m, out=scores)
         if self.scoring.hides(tile):
             self.scoring.hide(tile, scores, -torch.inf)
-        if not self.shifts:
-            scores -= self.m[:, rows, None]
         return scores
 
-    def _follow(self, tile: Tile, rows: slice, scores: Tensor) -> Tensor:
+    def _follow(self, rows: slice, scores: Tensor) -> Tensor:
         """Moves m of rows that saw nothing before or whose scores passed it; returns the scores that are left."""
         top = scores.amax(-1)
+        fresh = self.l[:, rows] == 0
         # A comparison on the host would wait for any other device.
-        if scores.device.type == "cpu" and not bool(((top > _SLACK) | (self.l[:, rows] == 0)).any()):
+        if scores.device.type == "cpu" and not bool(((top > _SLACK) | fresh).any()):
             return scores
-        if self.shifts:
-            # Multiplied again, the scores near the new m are exact to more digits than the ones that it came from.
-            self._move(rows, top)
-            scores = self._scores(tile, rows)
-            top = scores.amax(-1)
-        scores -= self._move(rows, top)[..., None]
-        return scores
-
-    def _move(self, rows: slice, top: Tensor) -> Tensor:
-        """Raises m by what the scores pass it, and lowers it to them in rows that saw nothing; returns the change."""
-        m, l, o = self.m[:, rows], self.l[:, rows], self.o[:, rows]
-        fresh = l == 0
+        # A fresh row's m may fall, too; a row that still sees nothing keeps it.
         rise = torch.where(fresh, top, top.clamp(min=0.0)).masked_fill_(top == -torch.inf, 0.0)
-        moved = m + rise
-        if self.shifts:
-            columns = split(moved / -factor(self.problem), self.narrow)
-            self.block_q[:, rows, -len(columns) :] = torch.stack(columns, -1)
-        m.copy_(moved)
-        # A fresh row has nothing to rescale; its m may fall far, and 2^(a large number) * 0 is not 0.
         shrink = torch.exp2(-rise.masked_fill(fresh, 0.0))
-        l *= shrink
-        o *= shrink[..., None]
-        return rise
+        self.m[:, rows] += rise
+        self.l[:, rows] *= shrink
+        self.o[:, rows] *= shrink[..., None]
+        return scores.sub_(rise[..., None])
 
     def finish(self) -> tuple[Tensor, Tensor]:
         """(out, lse) of the block."""

@@ -9,14 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_ALLOCATORS = ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (Tensor, "new_empty"))
+_ALLOCATORS = (
+    (torch, "empty"),
+    (torch, "empty_like"),
+    (torch, "empty_strided"),
+    (Tensor, "new_empty"),
+    (Tensor, "new_empty_strided"),
+)
 
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """torch.empty, empty_like, empty_strided and Tensor.new_empty fill what they return: NaN, or the largest integer.
+    """PyTorch's five allocators of uninitialised memory fill what they return: NaN, or the largest integer.
 
-    Not for use under a compiler, and not by several threads at once: it replaces the functions for a while.
+    Not for several threads at once: it replaces the functions for a while.
     """
     originals = [(owner, name, getattr(owner, name)) for owner, name in _ALLOCATORS]
     for owner, name, original in originals:

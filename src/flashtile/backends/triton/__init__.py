@@ -11,6 +11,7 @@ import os
 import torch
 from torch import Tensor
 
+from flashtile.backends.triton import mailbox
 from flashtile.problem import Call, Problem
 
 __all__ = ["backward", "forward", "supports"]
@@ -34,9 +35,13 @@ def supports(problem: Problem) -> str | None:
 
 
 def forward(problem: Problem, call: Call, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(out, lse); see docs/design.md, the backend contract."""
+    """(out, lse); see docs/design.md, the backend contract.
+
+    Raises ValueError where an earlier call's kernel on this device met bad cu_seqlens contents.
+    """
     from flashtile.backends.triton.forward_pass import forward as run
 
+    mailbox.raise_if_set(call.q.device.index)
     return run(problem, call, out)
 
 

@@ -40,8 +40,16 @@ def pick_backward(problem: Problem) -> Config:
     return BACKWARD
 
 
+# Below this head dim a product costs less than rounding its operands and widening its result.
+_LEAST_NARROW_DIM = 16
+
+
 def working_dtype(problem: Problem) -> torch.dtype:
-    """The dtype of the matrix products: float16 is widened, since weights near 2**-14 would lose bits in it."""
-    if problem.dtype == torch.bfloat16 and (problem.device != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+    """The dtype of the matrix products: that of the results, or bfloat16 where the device is fast in it.
+
+    float16 is widened: few CPUs multiply it faster than float32, and weights below 2**-14 would lose digits in it.
+    """
+    fast = problem.device != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if problem.dtype == torch.bfloat16 and fast and problem.qk_dim >= _LEAST_NARROW_DIM:
         return torch.bfloat16
     return problem.lse_dtype

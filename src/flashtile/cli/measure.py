@@ -109,12 +109,12 @@ class Contest:
         return prepared
 
     def _pass_gate(self, peer: Peer, inputs: Inputs, row: Result) -> Prepared | None:
-        prepared = peer.prepare(self.work, inputs)
+        prepared = peer.prepare(self.work, inputs, self.setting.backward)
         checked, work = prepared, self.work
         if work.dropout_p > 0 and not peer.drops_alike:
             row["gate_note"] = "checked without dropout, whose random pattern is the peer's own"
             work = replace(work, dropout_p=0.0)
-            checked = peer.prepare(work, inputs)
+            checked = peer.prepare(work, inputs, self.setting.backward)
             prepared.results(self.setting.backward, self.work)  # it must not fail later, under the clock
         torch.manual_seed(inputs.seed)
         results = checked.results(self.setting.backward, work)

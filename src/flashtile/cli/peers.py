@@ -85,13 +85,13 @@ class Peer(Protocol):
         """None, or the sentence why it cannot do this call; everything known before trying."""
         ...
 
-    def prepare(self, work: Workload, inputs: Inputs) -> Prepared:
-        """The call, ready; may raise what the implementation raises."""
+    def prepare(self, work: Workload, inputs: Inputs, backward: bool) -> Prepared:
+        """The call, ready, with gradients if `backward`; may raise what the implementation raises."""
         ...
 
 
-def leaves_of(work: Workload, inputs: Inputs, heads_first: bool) -> dict[str, Tensor]:
-    """Fresh copies of q, k, v, and of bias and sinks where they have gradients, in a layout, requiring grad."""
+def leaves_of(work: Workload, inputs: Inputs, backward: bool, heads_first: bool) -> dict[str, Tensor]:
+    """Fresh copies of q, k, v, and of a learned bias and sinks, in a layout; they require grad if `backward`."""
     found: dict[str, Tensor] = {}
     for name in ("q", "k", "v"):
         tensor: Tensor = getattr(inputs, name)
@@ -100,7 +100,7 @@ def leaves_of(work: Workload, inputs: Inputs, heads_first: bool) -> dict[str, Te
         found["bias"] = inputs.bias.clone()
     if inputs.sinks is not None:
         found["sinks"] = inputs.sinks.clone()
-    return {name: tensor.requires_grad_() for name, tensor in found.items()}
+    return {name: tensor.requires_grad_(backward) for name, tensor in found.items()}
 
 
 def as_heads_first(work: Workload, tensor: Tensor) -> Tensor:
@@ -161,8 +161,8 @@ class Flashtile:
             return str(error)
         return None
 
-    def prepare(self, work: Workload, inputs: Inputs) -> Prepared:
-        leaves = leaves_of(work, inputs, heads_first=False)
+    def prepare(self, work: Workload, inputs: Inputs, backward: bool) -> Prepared:
+        leaves = leaves_of(work, inputs, backward, heads_first=False)
         mask: masks.Mask | None = None
         if work.padding is not None:
             ends = torch.tensor(work.padding, device=inputs.q.device)[:, None].expand(-1, work.q_len).contiguous()
@@ -201,8 +201,8 @@ class Standard:
     def refuses(self, work: Workload, setting: Setting) -> str | None:
         return too_large(work, setting, 7 if setting.backward else 4)
 
-    def prepare(self, work: Workload, inputs: Inputs) -> Prepared:
-        leaves = leaves_of(work, inputs, heads_first=True)
+    def prepare(self, work: Workload, inputs: Inputs, backward: bool) -> Prepared:
+        leaves = leaves_of(work, inputs, backward, heads_first=True)
         seen = visible(work, inputs.q.device)
         hidden = None if seen is None else ~seen
         alibi = None if inputs.slopes is None else alibi_bias(work, inputs)

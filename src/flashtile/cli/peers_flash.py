@@ -49,9 +49,9 @@ class Flash:
             return "has one head dim for q, k and v"
         return None
 
-    def prepare(self, work: Workload, inputs: Inputs) -> Prepared:
+    def prepare(self, work: Workload, inputs: Inputs, backward: bool) -> Prepared:
         module = self._load()
-        leaves = leaves_of(work, inputs, heads_first=False)
+        leaves = leaves_of(work, inputs, backward, heads_first=False)
         q, k, v = leaves["q"], leaves["k"], leaves["v"]
         left, right = work.window or (None, None)
         keywords = {

@@ -39,6 +39,8 @@ class Sdpa:
         for has, what in ((work.lengths, "packed sequences"), (work.softcap, "softcap"), (work.sinks, "sinks")):
             if has:
                 return f"has no {what}"
+        if self.kind == SDPBackend.FLASH_ATTENTION and work.v_dim != work.qk_dim:
+            return "has one head dim for q, k and v"
         learns = work.bias_grad and setting.backward
         if self.kind in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION) and learns:
             # The CPU's flash kernel takes a mask but returns no gradient for it.
@@ -48,8 +50,8 @@ class Sdpa:
         masks_held = 0 if _causal_flag(work) or _no_mask(work) else 2
         return too_large(work, setting, masks_held)
 
-    def prepare(self, work: Workload, inputs: Inputs) -> Prepared:
-        leaves = leaves_of(work, inputs, heads_first=True)
+    def prepare(self, work: Workload, inputs: Inputs, backward: bool) -> Prepared:
+        leaves = leaves_of(work, inputs, backward, heads_first=True)
         flag = _causal_flag(work)
         seen = None if flag else visible(work, inputs.q.device)
         alibi = None if inputs.slopes is None else alibi_bias(work, inputs)
@@ -62,9 +64,7 @@ class Sdpa:
         def attn_mask() -> Tensor | None:
             if bias is None:
                 return seen if fixed is None else fixed
-            # A kernel without a gradient of the mask refuses one that asks for it, without gradients too.
-            wanted = bias if torch.is_grad_enabled() else bias.detach()
-            added = wanted if fixed is None else wanted + fixed
+            added = bias if fixed is None else bias + fixed
             added = added if seen is None else added.masked_fill(~seen, -torch.inf)
             return added.expand(work.batch, -1, -1, -1)
 
@@ -113,13 +113,13 @@ class Flex:
             return "returns no lse on the CPU, which sinks need"
         return None
 
-    def prepare(self, work: Workload, inputs: Inputs) -> Prepared:
+    def prepare(self, work: Workload, inputs: Inputs, backward: bool) -> Prepared:
         from torch.nn.attention.flex_attention import flex_attention
 
         # A new shape is a new compilation; old ones would only count against the recompile limit.
         torch._dynamo.reset()
         compiled = torch.compile(flex_attention, dynamic=False)
-        leaves = leaves_of(work, inputs, heads_first=True)
+        leaves = leaves_of(work, inputs, backward, heads_first=True)
         keywords: dict[str, Any] = {
             "score_mod": _score_mod(work, inputs, leaves.get("bias", inputs.bias)),
             "block_mask": _block_mask(work, inputs.q.device),
@@ -215,10 +215,10 @@ class TorchVarlen:
             return "has no window in this version of PyTorch"
         return None
 
-    def prepare(self, work: Workload, inputs: Inputs) -> Prepared:
+    def prepare(self, work: Workload, inputs: Inputs, backward: bool) -> Prepared:
         from torch.nn.attention.varlen import varlen_attn
 
-        leaves = leaves_of(work, inputs, heads_first=False)
+        leaves = leaves_of(work, inputs, backward, heads_first=False)
         known = _varlen_parameters()
         left, right = _sides(work)
         keywords: dict[str, Any] = {"scale": work.scale}

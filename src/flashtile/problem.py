@@ -88,11 +88,11 @@ class Problem:
         # A Problem is a dictionary key on every call: hash it once. And not before it is one: while a compiler traces
         # dynamic shapes, lengths are symbols, which have no hash.
         try:
-            return self._hash  # type: ignore[attr-defined,no-any-return]
+            return self._hash  # type: ignore[attr-defined]
         except AttributeError:
             values = tuple(getattr(self, name) for name in self.__dataclass_fields__)
             object.__setattr__(self, "_hash", hash(values))
-            return self._hash  # type: ignore[attr-defined,no-any-return]
+            return self._hash  # type: ignore[attr-defined]
 
     @property
     def group(self) -> int:

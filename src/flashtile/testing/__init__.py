@@ -12,10 +12,12 @@ from flashtile.testing.accuracy import Error, WrongResultError
 from flashtile.testing.cases import CASES, Case, case
 from flashtile.testing.inputs import Inputs, build
 from flashtile.testing.poison import poisoned
+from flashtile.testing.real_cases import REAL_CASES
 from flashtile.testing.run import Report, evaluate, run_case
 
 __all__ = [
     "CASES",
+    "REAL_CASES",
     "Case",
     "Error",
     "Inputs",

@@ -19,6 +19,7 @@ from flashtile.backends.triton.tiles import (
     dot,
     interval,
     keep,
+    load_bias,
     load_tile,
     offsets,
     score,
@@ -40,9 +41,16 @@ def bias_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, VARLEN: tl.constexpr, KIND: tl.constexpr, LEFT: tl.constexpr,
     SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr, WIDEN: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr,
+    BIAS_ALIGN: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr, WIDE: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """One tile of dbias: the sum of dS over the repeat_b batches and repeat_h heads that share it."""
+    stride_qb, stride_qm, stride_qh = stride_qb * ALIGN, stride_qm * ALIGN, stride_qh * ALIGN
+    stride_kb, stride_kn, stride_kh = stride_kb * ALIGN, stride_kn * ALIGN, stride_kh * ALIGN
+    stride_vb, stride_vn, stride_vh = stride_vb * ALIGN, stride_vn * ALIGN, stride_vh * ALIGN
+    stride_yb, stride_ym, stride_yh = stride_yb * ALIGN, stride_ym * ALIGN, stride_yh * ALIGN
+    stride_bb, stride_bh, stride_bm = stride_bb * BIAS_ALIGN, stride_bh * BIAS_ALIGN, stride_bm * BIAS_ALIGN
+    stride_gb, stride_gh, stride_gm = stride_gb * BIAS_ALIGN, stride_gh * BIAS_ALIGN, stride_gm * BIAS_ALIGN
     program = tl.program_id(0)
     column_tiles = tl.cdiv(max_k, BLOCK_N)
     first_key = program % column_tiles * BLOCK_N
@@ -89,7 +97,7 @@ def bias_kernel(
         bias_ptrs = bias + b * stride_bb + h * stride_bh
         bias_ptrs += first_row.to(tl.int64) * stride_bm + first_key.to(tl.int64) * stride_bn
         bias_ptrs += offsets(line[:, None], lane[None, :], stride_bm, stride_bn)
-        bias_tile = tl.load(bias_ptrs, mask=exists[:, None] & (col < k_len)[None, :], other=0.0)
+        bias_tile = load_bias(bias_ptrs, row[:, None], q_len, col[None, :], k_len, BIAS_ALIGN)
         s, _ = score(
             s, row[:, None], col[None, :], k_len - q_len, scale, softcap, slope, bias_tile, SOFTCAP, ALIBI, BIAS
         )
@@ -104,7 +112,7 @@ def bias_kernel(
     dbias += own_b.to(tl.int64) * stride_gb + own_h.to(tl.int64) * stride_gh
     dbias += first_row.to(tl.int64) * stride_gm + first_key.to(tl.int64) * stride_gn
     pointers = dbias + offsets(line[:, None], lane[None, :], stride_gm, stride_gn)
-    tl.store(pointers, total.to(dbias.dtype.element_ty), mask=(row < max_q)[:, None] & (col < max_k)[None, :])
+    tl.store(pointers, total.to(dbias.dtype.element_ty), mask=(row < max_q)[:, None] & (col < max_k // BIAS_ALIGN * BIAS_ALIGN)[None, :])
 
 
 def kind(problem: Problem) -> str:
@@ -155,14 +163,9 @@ def prepare(
     batch, heads = problem.bias_shape[:2]
     tiles = triton.cdiv(problem.q_len, config.BLOCK_M)
     values = {
-        **launch.strides("q", "bmhd", q, problem.varlen),
-        **launch.strides("k", "bnhd", k, problem.varlen),
-        **launch.strides("v", "bnhd", v, problem.varlen),
-        **launch.strides("y", "bmhd", dout, problem.varlen),
-        **launch.bias_strides("g", dbias),
+        **launch.strides(problem, call, {"q": q, "k": k, "v": v, "y": dout}, {"g": dbias}),
         **launch.scalars(problem, call),
         **launch.constants(problem, config),
-        "WIDE": launch.wide(call.bias, q, k, v, dout),
         "tiles": tiles,
         "repeat_b": problem.batch // batch,
         "repeat_h": problem.q_heads // heads,

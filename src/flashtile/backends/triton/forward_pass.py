@@ -22,6 +22,7 @@ from flashtile.backends.triton.tiles import (
     dot_add,
     interval,
     keep,
+    load_bias,
     load_tile,
     offsets,
     past_end,
@@ -39,8 +40,9 @@ def _walk(
     o, l, m, q, start, stop, k_ptrs, v_ptrs, bias_ptrs, stride_kn, stride_vn, stride_bn,
     row, q_len, k_len, begin, end, scale, softcap, slope, bh, rng, threshold,
     BLOCK_N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr, FOLD: tl.constexpr,
-    MASKED: tl.constexpr, LEFT: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr, STAGES: tl.constexpr,
+    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr, BIAS_ALIGN: tl.constexpr,
+    DROPOUT: tl.constexpr, FOLD: tl.constexpr, MASKED: tl.constexpr, LEFT: tl.constexpr, PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The key tiles from start to stop folded into (o, l, m)."""
     lane = tl.arange(0, BLOCK_N)
@@ -55,8 +57,7 @@ def _walk(
         if not FOLD:
             bias_tile = s
             if BIAS != "none":
-                inside = (row < q_len)[:, None] & (col < k_len)[None, :]
-                bias_tile = tl.load(bias_ptrs + first * stride_bn, mask=inside, other=0.0)
+                bias_tile = load_bias(bias_ptrs + first * stride_bn, row[:, None], q_len, col[None, :], k_len, BIAS_ALIGN)
             s, _ = score(
                 s, row[:, None], col[None, :], k_len - q_len, scale, softcap, slope, bias_tile, SOFTCAP, ALIBI, BIAS
             )
@@ -96,8 +97,14 @@ def forward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, VARLEN: tl.constexpr, KIND: tl.constexpr, LEFT: tl.constexpr,
     SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr, SINKS: tl.constexpr, DROPOUT: tl.constexpr,
-    FOLD: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr,
+    BIAS_ALIGN: tl.constexpr, ALIGN: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    WIDE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    stride_qb, stride_qm, stride_qh = stride_qb * ALIGN, stride_qm * ALIGN, stride_qh * ALIGN
+    stride_kb, stride_kn, stride_kh = stride_kb * ALIGN, stride_kn * ALIGN, stride_kh * ALIGN
+    stride_vb, stride_vn, stride_vh = stride_vb * ALIGN, stride_vn * ALIGN, stride_vh * ALIGN
+    stride_ob, stride_om, stride_oh = stride_ob * ALIGN, stride_om * ALIGN, stride_oh * ALIGN
+    stride_bb, stride_bh, stride_bm = stride_bb * BIAS_ALIGN, stride_bh * BIAS_ALIGN, stride_bm * BIAS_ALIGN
     tile, bh = place(tiles, programs, section)
     # The last rows see the most under a causal mask: start them first.
     tile = tiles - 1 - tile
@@ -162,19 +169,19 @@ def forward_kernel(
         o, l, m = _walk(
             o, l, m, q_tile, start, full, k_ptrs, v_ptrs, bias_ptrs, stride_kn, stride_vn, stride_bn,
             row, q_len, k_len, begin, end, scale, softcap, slope, bh, rng, threshold,
-            BLOCK_N, D, DV, BLOCK_D, BLOCK_DV, SOFTCAP, ALIBI, BIAS, DROPOUT, FOLD,
+            BLOCK_N, D, DV, BLOCK_D, BLOCK_DV, SOFTCAP, ALIBI, BIAS, BIAS_ALIGN, DROPOUT, FOLD,
             True, True, PRECISION, WIDEN, STAGES,
         )  # fmt: skip
     o, l, m = _walk(
         o, l, m, q_tile, full, partial, k_ptrs, v_ptrs, bias_ptrs, stride_kn, stride_vn, stride_bn,
         row, q_len, k_len, begin, end, scale, softcap, slope, bh, rng, threshold,
-        BLOCK_N, D, DV, BLOCK_D, BLOCK_DV, SOFTCAP, ALIBI, BIAS, DROPOUT, FOLD,
+        BLOCK_N, D, DV, BLOCK_D, BLOCK_DV, SOFTCAP, ALIBI, BIAS, BIAS_ALIGN, DROPOUT, FOLD,
         False, False, PRECISION, WIDEN, STAGES,
     )  # fmt: skip
     o, l, m = _walk(
         o, l, m, q_tile, partial, stop, k_ptrs, v_ptrs, bias_ptrs, stride_kn, stride_vn, stride_bn,
         row, q_len, k_len, begin, end, scale, softcap, slope, bh, rng, threshold,
-        BLOCK_N, D, DV, BLOCK_D, BLOCK_DV, SOFTCAP, ALIBI, BIAS, DROPOUT, FOLD,
+        BLOCK_N, D, DV, BLOCK_D, BLOCK_DV, SOFTCAP, ALIBI, BIAS, BIAS_ALIGN, DROPOUT, FOLD,
         True, LEFT, PRECISION, WIDEN, STAGES,
     )  # fmt: skip
 
@@ -203,13 +210,9 @@ def prepare(
     programs = (problem.batch + problem.varlen) * problem.q_heads
     q, k, v, out = tensors[:4]
     values = {
-        **launch.strides("q", "bmhd", q, problem.varlen),
-        **launch.strides("k", "bnhd", k, problem.varlen),
-        **launch.strides("v", "bnhd", v, problem.varlen),
-        **launch.strides("o", "bmhd", out, problem.varlen),
+        **launch.strides(problem, call, {"q": q, "k": k, "v": v, "o": out}, {}),
         **launch.scalars(problem, call),
         **launch.constants(problem, config),
-        "WIDE": launch.wide(call.bias, *tensors[:4]),
         "tiles": tiles,
         "programs": programs,
         "section": launch.section(problem, problem.k_len, problem.group),

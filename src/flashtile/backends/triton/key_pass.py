@@ -20,6 +20,7 @@ from flashtile.backends.triton.tiles import (
     dot_add,
     keep,
     key_interval,
+    load_bias,
     load_tile,
     offsets,
     past_end,
@@ -39,8 +40,9 @@ def _walk_queries(
     stride_qm, stride_qh, stride_ym, stride_yh, stride_bm, stride_bh, row_step, col, q_len, k_len, begin, end,
     scale, softcap, bh, group, max_k, scratch, rng, threshold, keep_scale,
     BLOCK_M: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr, DBIAS: tl.constexpr,
-    GROUPED: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr, STAGES: tl.constexpr,
+    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr, BIAS_ALIGN: tl.constexpr, DROPOUT: tl.constexpr,
+    DBIAS: tl.constexpr, GROUPED: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """The query tiles from start to stop, of every grouped head, added to dk and dv; scores are [BLOCK_N, BLOCK_M]."""
     line = tl.arange(0, BLOCK_M)
@@ -67,8 +69,8 @@ def _walk_queries(
         s = dot(k, tl.trans(q), PRECISION, WIDEN)  # [BLOCK_N, BLOCK_M]
         bias_tile = s
         if BIAS != "none":
-            inside = (row < q_len)[None, :] & (col < k_len)[:, None]
-            bias_tile = tl.load(bias_ptrs + (first * stride_bm + g64 * stride_bh), mask=inside, other=0.0)
+            bias_at = bias_ptrs + (first * stride_bm + g64 * stride_bh)
+            bias_tile = load_bias(bias_at, row[None, :], q_len, col[:, None], k_len, BIAS_ALIGN)
         slope = 0.0
         if ALIBI:
             slope = tl.load(slopes + g).to(tl.float32)
@@ -107,8 +109,16 @@ def keys_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, VARLEN: tl.constexpr, KIND: tl.constexpr, LEFT: tl.constexpr,
     SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr, DBIAS: tl.constexpr,
-    GROUPED: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr,
+    BIAS_ALIGN: tl.constexpr, ALIGN: tl.constexpr, GROUPED: tl.constexpr, PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    stride_qb, stride_qm, stride_qh = stride_qb * ALIGN, stride_qm * ALIGN, stride_qh * ALIGN
+    stride_kb, stride_kn, stride_kh = stride_kb * ALIGN, stride_kn * ALIGN, stride_kh * ALIGN
+    stride_vb, stride_vn, stride_vh = stride_vb * ALIGN, stride_vn * ALIGN, stride_vh * ALIGN
+    stride_yb, stride_ym, stride_yh = stride_yb * ALIGN, stride_ym * ALIGN, stride_yh * ALIGN
+    stride_xb, stride_xn, stride_xh = stride_xb * ALIGN, stride_xn * ALIGN, stride_xh * ALIGN
+    stride_wb, stride_wn, stride_wh = stride_wb * ALIGN, stride_wn * ALIGN, stride_wh * ALIGN
+    stride_bb, stride_bh, stride_bm = stride_bb * BIAS_ALIGN, stride_bh * BIAS_ALIGN, stride_bm * BIAS_ALIGN
     tile, bh = place(tiles, programs, section)
     kv_heads = heads // group
     b = (bh // kv_heads).to(tl.int64)
@@ -165,21 +175,21 @@ def keys_kernel(
             dk_tile, dv_tile, k_tile, v_tile, start, full, q_ptrs, do_ptrs, bias_ptrs, rows, dbias, slopes,
             stride_qm, stride_qh, stride_ym, stride_yh, stride_bm, stride_bh, padded, col, q_len, k_len, begin, end,
             scale, softcap, query_bh, group, max_k, scratch, rng, threshold, keep_scale, BLOCK_M, D, DV, BLOCK_D,
-            BLOCK_DV, SOFTCAP, ALIBI, BIAS, DROPOUT, DBIAS, GROUPED, True, PRECISION, WIDEN, STAGES,
+            BLOCK_DV, SOFTCAP, ALIBI, BIAS, BIAS_ALIGN, DROPOUT, DBIAS, GROUPED, True, PRECISION, WIDEN, STAGES,
         )  # fmt: skip
     # Rows past the end have weight 0, so without a left bound the walk needs no masked end.
     dk_tile, dv_tile = _walk_queries(
         dk_tile, dv_tile, k_tile, v_tile, full, partial if LEFT else stop, q_ptrs, do_ptrs, bias_ptrs, rows, dbias, slopes,
         stride_qm, stride_qh, stride_ym, stride_yh, stride_bm, stride_bh, padded, col, q_len, k_len, begin, end,
         scale, softcap, query_bh, group, max_k, scratch, rng, threshold, keep_scale, BLOCK_M, D, DV, BLOCK_D,
-        BLOCK_DV, SOFTCAP, ALIBI, BIAS, DROPOUT, DBIAS, GROUPED, False, PRECISION, WIDEN, STAGES,
+        BLOCK_DV, SOFTCAP, ALIBI, BIAS, BIAS_ALIGN, DROPOUT, DBIAS, GROUPED, False, PRECISION, WIDEN, STAGES,
     )  # fmt: skip
     if LEFT:
         dk_tile, dv_tile = _walk_queries(
             dk_tile, dv_tile, k_tile, v_tile, partial, stop, q_ptrs, do_ptrs, bias_ptrs, rows, dbias, slopes,
             stride_qm, stride_qh, stride_ym, stride_yh, stride_bm, stride_bh, padded, col, q_len, k_len, begin, end,
             scale, softcap, query_bh, group, max_k, scratch, rng, threshold, keep_scale, BLOCK_M, D, DV, BLOCK_D,
-            BLOCK_DV, SOFTCAP, ALIBI, BIAS, DROPOUT, DBIAS, GROUPED, True, PRECISION, WIDEN, STAGES,
+            BLOCK_DV, SOFTCAP, ALIBI, BIAS, BIAS_ALIGN, DROPOUT, DBIAS, GROUPED, True, PRECISION, WIDEN, STAGES,
         )  # fmt: skip
     dk_ptrs = dk + b * stride_xb + at * stride_xn + offsets(lane[:, None], d[None, :], stride_xn, stride_xd)
     dv_ptrs = dv + b * stride_wb + at * stride_wn + offsets(lane[:, None], vd[None, :], stride_wn, stride_wd)
@@ -195,15 +205,9 @@ def prepare(problem: Problem, call: Call, tensors: tuple[Tensor, ...], variant: 
     programs = (problem.batch + problem.varlen) * problem.kv_heads
     q, k, v, dout, _, dk, dv, _, first_rows, *_ = tensors
     values = {
-        **launch.strides("q", "bmhd", q, problem.varlen),
-        **launch.strides("k", "bnhd", k, problem.varlen),
-        **launch.strides("v", "bnhd", v, problem.varlen),
-        **launch.strides("y", "bmhd", dout, problem.varlen),
-        **launch.strides("x", "bnhd", dk, problem.varlen),
-        **launch.strides("w", "bnhd", dv, problem.varlen),
+        **launch.strides(problem, call, {"q": q, "k": k, "v": v, "y": dout, "x": dk, "w": dv}, {}),
         **launch.scalars(problem, call),
         **launch.constants(problem, config),
-        "WIDE": launch.wide(call.bias, q, k, v, dout, dk, dv),
         "stride_tb": first_rows.stride(0) if problem.table and first_rows.shape[0] > 1 else 0,
         "tiles": tiles,
         "programs": programs,

@@ -6,7 +6,7 @@ problem, the strides and the alignment, so it is worked out once and kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -116,19 +116,69 @@ def extras(call: Call) -> tuple[Tensor, ...]:
     return tuple(q if tensor is None else tensor for tensor in tensors)
 
 
-def strides(name: str, axes: str, tensor: Tensor, varlen: bool) -> dict[str, int]:
-    """{stride_qb: ..., stride_qm: ..., ...}; packed sequences have no batch stride."""
-    steps = (0, *tensor.stride()) if varlen else tensor.stride()
-    return {f"stride_{name}{axis}": step for axis, step in zip(axes, steps, strict=True)}
+def strides(
+    problem: Problem, call: Call, dense: dict[str, Tensor], biases: dict[str, Tensor | None]
+) -> dict[str, Any]:
+    """Every stride of a kernel's tensors by its name, stride_qb and so on, with what is known of them.
+
+    dense: tensors (batch, rows, heads, dim) by the letter that names their strides; packed sequences have no batch
+    stride. biases: like bias, (batch, heads, q_len, k_len), 0 where broadcast.
+
+    ALIGN and BIAS_ALIGN are the number of elements in 16 bytes where all strides but the innermost are multiples of it;
+    they are passed divided by it and multiplied again in the kernel, which tells the compiler that 16-byte loads are
+    right whatever the head dim. BLOCK_D and BLOCK_DV are the head dims as powers of two.
+    """
+    steps = {name: (0, *t.stride()) if problem.varlen else t.stride() for name, t in dense.items()}
+    biases = {"b": call.bias, **biases}
+    bias_steps = {name: _bias_steps(bias) for name, bias in biases.items()}
+    align = _alignment(problem.dtype, steps.values(), 1)
+    bias_dtype = torch.bool if call.bias is None else call.bias.dtype
+    bias_align = _alignment(bias_dtype, bias_steps.values(), problem.k_len)
+    if problem.varlen or any(bias is not None and bias.dtype != bias_dtype for bias in biases.values()):
+        bias_align = 1
+    values: dict[str, Any] = {}
+    for name, (b, m, h, d) in steps.items():
+        axes = ("b", "n" if name == "x" and "w" in steps else _ROWS[name], "h", "d")
+        parts = (b // align, m // align, h // align, d)
+        values |= {f"stride_{name}{axis}": part for axis, part in zip(axes, parts, strict=True)}
+    for name, (b, h, m, n) in bias_steps.items():
+        parts = (b // bias_align, h // bias_align, m // bias_align, n)
+        values |= {f"stride_{name}{axis}": part for axis, part in zip("bhmn", parts, strict=True)}
+    within_tile = [abs(s[axis]) for s in steps.values() for axis in (1, 3)]
+    within_tile += [abs(step) for s in bias_steps.values() for step in s[2:]]
+    values["WIDE"] = max(within_tile) * MAX_HEAD_DIM >= 2**31
+    values["ALIGN"], values["BIAS_ALIGN"] = align, bias_align
+    values["BLOCK_D"], values["BLOCK_DV"] = _blocks(problem, align)
+    return values
 
 
-def bias_strides(prefix: str, bias: Tensor | None) -> dict[str, int]:
-    """Strides over (batch, heads, q_len, k_len), 0 where bias is broadcast."""
+_ROWS = {"q": "m", "k": "n", "v": "n", "o": "m", "y": "m", "x": "m", "w": "n"}
+
+
+def _bias_steps(bias: Tensor | None) -> tuple[int, ...]:
+    """Strides over (batch, heads, q_len, k_len), 0 where bias is broadcast or absent."""
     steps = [0, 0, 0, 0]
     if bias is not None:
         for axis in range(1, bias.ndim + 1):
             steps[-axis] = 0 if bias.shape[-axis] == 1 else bias.stride(-axis)
-    return {f"stride_{prefix}{axis}": step for axis, step in zip("bhmn", steps, strict=True)}
+    return tuple(steps)
+
+
+def _alignment(dtype: torch.dtype, steps: Iterable[tuple[int, ...]], length: int) -> int:
+    """Elements in 16 bytes where every stride but the last, and length, is a multiple of that; else 1."""
+    elements = 16 // dtype.itemsize
+    multiples = all(step % elements == 0 for step_of in steps for step in step_of[:-1])
+    return elements if multiples and (length == 1 or length % elements == 0) else 1
+
+
+def _blocks(problem: Problem, align: int) -> tuple[int, int]:
+    """qk_dim and v_dim as powers of two, the rest of which is masked."""
+    block_d, block_dv = (max(16, triton.next_power_of_2(dim)) for dim in (problem.qk_dim, problem.v_dim))
+    if problem.dtype.itemsize < 4 and (align == 1 or problem.qk_dim % 2 or problem.v_dim % 2):
+        # Two bytes at a time is too little for an asynchronous copy. K and V then take turns in one buffer, and
+        # ptxas 12.8 computes the second descriptor from an unset register where the two have different shapes.
+        return max(block_d, block_dv), max(block_d, block_dv)
+    return block_d, block_dv
 
 
 def scalars(problem: Problem, call: Call) -> dict[str, Any]:
@@ -136,7 +186,6 @@ def scalars(problem: Problem, call: Call) -> dict[str, Any]:
     slopes = call.alibi_slopes
     table = call.lo
     return {
-        **bias_strides("b", call.bias),
         "stride_sb": slopes.stride(0) if slopes is not None and slopes.ndim == 2 else 0,
         "stride_tb": table.stride(0) if table is not None and table.shape[0] > 1 else 0,
         "batch": problem.batch,
@@ -173,13 +222,6 @@ def _distance(side: int | None) -> int:
     return limit if side is None else max(-limit, min(side, limit))
 
 
-def wide(bias: Tensor | None, *tensors: Tensor) -> bool:
-    """True where an offset within one tile may pass 2**31 elements; tensors are (..., rows, heads, dim)."""
-    steps = [step for tensor in tensors for step in (tensor.stride(-3), tensor.stride(-1))]
-    steps += [] if bias is None else bias.stride()[-2:]
-    return max(map(abs, steps)) * MAX_HEAD_DIM >= 2**31
-
-
 def constants(problem: Problem, config: Config) -> dict[str, Any]:
     """The compile-time arguments that every kernel takes."""
     return {
@@ -188,8 +230,6 @@ def constants(problem: Problem, config: Config) -> dict[str, Any]:
         "STAGES": config.num_stages,
         "D": problem.qk_dim,
         "DV": problem.v_dim,
-        "BLOCK_D": block_dim(problem.qk_dim),
-        "BLOCK_DV": block_dim(problem.v_dim),
         "VARLEN": problem.varlen,
         "KIND": mask_kind(problem),
         "LEFT": problem.table or problem.window_left is not None,
@@ -211,11 +251,6 @@ def mask_kind(problem: Problem) -> str:
 def changes_scores(problem: Problem) -> bool:
     """True where a score is more than scale * q.k."""
     return problem.softcap > 0 or problem.alibi or problem.bias is not None
-
-
-def block_dim(dim: int) -> int:
-    """A head dim as the power of two that tiles have; the rest is masked."""
-    return max(16, triton.next_power_of_2(dim))
 
 
 def float32_precision(problem: Problem) -> str:

@@ -23,6 +23,7 @@ from flashtile.backends.triton.tiles import (
     dot_add,
     interval,
     keep,
+    load_bias,
     load_tile,
     offsets,
     past_end,
@@ -42,8 +43,9 @@ def _walk_keys(
     stride_kn, stride_vn, stride_bn, stride_gn, row, q_len, k_len, begin, end, scale, softcap, slope, bh, rng,
     threshold, keep_scale,
     BLOCK_N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr, DBIAS: tl.constexpr,
-    MASKED: tl.constexpr, LEFT: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr, STAGES: tl.constexpr,
+    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr, BIAS_ALIGN: tl.constexpr, DROPOUT: tl.constexpr,
+    DBIAS: tl.constexpr, MASKED: tl.constexpr, LEFT: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """The key tiles from start to stop added to dq (and to the row sums of dS, for a bias that is one per row)."""
     lane = tl.arange(0, BLOCK_N)
@@ -56,10 +58,9 @@ def _walk_keys(
         k = load_tile(k_ptrs + first * stride_kn, col[:, None], k_len, d[None, :], D, BLOCK_D == D, MASKED)
         v = load_tile(v_ptrs + first * stride_vn, col[:, None], k_len, dv[None, :], DV, BLOCK_DV == DV, MASKED)
         s = dot(q, tl.trans(k), PRECISION, WIDEN)  # [BLOCK_M, BLOCK_N]
-        inside = (row < q_len)[:, None] & (col < k_len)[None, :]
         bias_tile = s
         if BIAS != "none":
-            bias_tile = tl.load(bias_ptrs + first * stride_bn, mask=inside, other=0.0)
+            bias_tile = load_bias(bias_ptrs + first * stride_bn, row[:, None], q_len, col[None, :], k_len, BIAS_ALIGN)
         s, capped = score(
             s, row[:, None], col[None, :], k_len - q_len, scale, softcap, slope, bias_tile, SOFTCAP, ALIBI, BIAS
         )
@@ -74,6 +75,7 @@ def _walk_keys(
             dp = tl.where(keep(row[:, None], col[None, :], bh, rng, threshold), dp * keep_scale, 0.0)
         ds = p * (dp - delta[:, None])
         if DBIAS == "tile":
+            inside = (row < q_len)[:, None] & (col < k_len // BIAS_ALIGN * BIAS_ALIGN)[None, :]
             tl.store(dbias_ptrs + first * stride_gn, ds.to(dbias_ptrs.dtype.element_ty), mask=inside)
         elif DBIAS == "row":
             row_sum += tl.sum(ds, 1)
@@ -95,9 +97,17 @@ def queries_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, VARLEN: tl.constexpr, KIND: tl.constexpr, LEFT: tl.constexpr,
     SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr, SINKS: tl.constexpr, DROPOUT: tl.constexpr,
-    DBIAS: tl.constexpr, DLSE: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr, WIDE: tl.constexpr,
-    STAGES: tl.constexpr,
+    BIAS_ALIGN: tl.constexpr, ALIGN: tl.constexpr, DBIAS: tl.constexpr, DLSE: tl.constexpr, PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    stride_qb, stride_qm, stride_qh = stride_qb * ALIGN, stride_qm * ALIGN, stride_qh * ALIGN
+    stride_kb, stride_kn, stride_kh = stride_kb * ALIGN, stride_kn * ALIGN, stride_kh * ALIGN
+    stride_vb, stride_vn, stride_vh = stride_vb * ALIGN, stride_vn * ALIGN, stride_vh * ALIGN
+    stride_ob, stride_om, stride_oh = stride_ob * ALIGN, stride_om * ALIGN, stride_oh * ALIGN
+    stride_yb, stride_ym, stride_yh = stride_yb * ALIGN, stride_ym * ALIGN, stride_yh * ALIGN
+    stride_xb, stride_xm, stride_xh = stride_xb * ALIGN, stride_xm * ALIGN, stride_xh * ALIGN
+    stride_bb, stride_bh, stride_bm = stride_bb * BIAS_ALIGN, stride_bh * BIAS_ALIGN, stride_bm * BIAS_ALIGN
+    stride_gb, stride_gh, stride_gm = stride_gb * BIAS_ALIGN, stride_gh * BIAS_ALIGN, stride_gm * BIAS_ALIGN
     tile, bh = place(tiles, programs, section)
     tile = tiles - 1 - tile
     b = (bh // heads).to(tl.int64)
@@ -166,19 +176,19 @@ def queries_kernel(
         dq_tile, row_sum = _walk_keys(
             dq_tile, row_sum, q_tile, do_tile, lse_row, delta, start, full, k_ptrs, v_ptrs, bias_ptrs, dbias_ptrs,
             stride_kn, stride_vn, stride_bn, stride_gn, row, q_len, k_len, begin, end, scale, softcap, slope, bh, rng,
-            threshold, keep_scale, BLOCK_N, D, DV, BLOCK_D, BLOCK_DV, SOFTCAP, ALIBI, BIAS, DROPOUT, DBIAS,
+            threshold, keep_scale, BLOCK_N, D, DV, BLOCK_D, BLOCK_DV, SOFTCAP, ALIBI, BIAS, BIAS_ALIGN, DROPOUT, DBIAS,
             True, True, PRECISION, WIDEN, STAGES,
         )  # fmt: skip
     dq_tile, row_sum = _walk_keys(
         dq_tile, row_sum, q_tile, do_tile, lse_row, delta, full, partial, k_ptrs, v_ptrs, bias_ptrs, dbias_ptrs,
         stride_kn, stride_vn, stride_bn, stride_gn, row, q_len, k_len, begin, end, scale, softcap, slope, bh, rng,
-        threshold, keep_scale, BLOCK_N, D, DV, BLOCK_D, BLOCK_DV, SOFTCAP, ALIBI, BIAS, DROPOUT, DBIAS,
+        threshold, keep_scale, BLOCK_N, D, DV, BLOCK_D, BLOCK_DV, SOFTCAP, ALIBI, BIAS, BIAS_ALIGN, DROPOUT, DBIAS,
         False, False, PRECISION, WIDEN, STAGES,
     )  # fmt: skip
     dq_tile, row_sum = _walk_keys(
         dq_tile, row_sum, q_tile, do_tile, lse_row, delta, partial, stop, k_ptrs, v_ptrs, bias_ptrs, dbias_ptrs,
         stride_kn, stride_vn, stride_bn, stride_gn, row, q_len, k_len, begin, end, scale, softcap, slope, bh, rng,
-        threshold, keep_scale, BLOCK_N, D, DV, BLOCK_D, BLOCK_DV, SOFTCAP, ALIBI, BIAS, DROPOUT, DBIAS,
+        threshold, keep_scale, BLOCK_N, D, DV, BLOCK_D, BLOCK_DV, SOFTCAP, ALIBI, BIAS, BIAS_ALIGN, DROPOUT, DBIAS,
         True, LEFT, PRECISION, WIDEN, STAGES,
     )  # fmt: skip
     if DBIAS == "row":
@@ -199,17 +209,11 @@ def prepare(problem: Problem, call: Call, tensors: tuple[Tensor, ...], variant: 
     kind, dlse = variant
     q, k, v, out, dout, _, _, _, dq, dbias, *_ = tensors
     programs = (problem.batch + problem.varlen) * problem.q_heads
+    dense = {"q": q, "k": k, "v": v, "o": out, "y": dout, "x": dq}
     values = {
-        **launch.strides("q", "bmhd", q, problem.varlen),
-        **launch.strides("k", "bnhd", k, problem.varlen),
-        **launch.strides("v", "bnhd", v, problem.varlen),
-        **launch.strides("o", "bmhd", out, problem.varlen),
-        **launch.strides("y", "bmhd", dout, problem.varlen),
-        **launch.strides("x", "bmhd", dq, problem.varlen),
-        **launch.bias_strides("g", dbias if kind == "tile" else None),
+        **launch.strides(problem, call, dense, {"g": dbias if kind == "tile" else None}),
         **launch.scalars(problem, call),
         **launch.constants(problem, config),
-        "WIDE": launch.wide(call.bias, q, k, v, out, dout, dq),
         "tiles": tiles(problem),
         "programs": programs,
         "section": launch.section(problem, problem.k_len, problem.group),

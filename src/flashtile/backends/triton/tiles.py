@@ -139,6 +139,12 @@ def load_tile(pointers, line, lines, column, COLUMNS: tl.constexpr, EVEN: tl.con
 
 
 @triton.jit
+def load_bias(pointers, row, q_len, col, k_len, ALIGN: tl.constexpr):
+    """A tile of the bias. Where its rows are multiples of ALIGN elements so is k_len, and saying so keeps loads wide."""
+    return tl.load(pointers, mask=(row < q_len) & (col < k_len // ALIGN * ALIGN), other=0.0)
+
+
+@triton.jit
 def dot(a, b, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
     """a @ b in float32. WIDEN: Triton's interpreter multiplies bfloat16 wrongly, so there operands are widened."""
     if WIDEN:

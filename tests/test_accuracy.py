@@ -19,8 +19,9 @@ from flashtile.testing.accuracy import Error, check, measure
 EXACT = torch.tensor([[1.0, -2.0], [3.0, 100.0]], dtype=torch.float64)
 
 
-def error_of(result: Tensor, exact: Tensor = EXACT, magnitude: float = 0.0) -> Error:
-    return measure("out", result, exact, exact.to(result.dtype), torch.full_like(exact, magnitude))
+def error_of(result: Tensor, exact: Tensor = EXACT) -> Error:
+    nothing = torch.zeros_like(exact)
+    return measure("out", result, exact, exact.to(result.dtype), nothing, nothing)
 
 
 def test_rounding_is_accepted() -> None:
@@ -68,16 +69,17 @@ def test_non_finite_values_are_required_where_the_oracle_has_them(right: float, 
 def test_shape_and_dtype_are_checked() -> None:
     plain, size = EXACT.float(), torch.zeros_like(EXACT)
     with pytest.raises(WrongResultError, match="out: shape"):
-        measure("out", EXACT.float()[:1], EXACT, plain, size)
+        measure("out", EXACT.float()[:1], EXACT, plain, size, size)
     with pytest.raises(WrongResultError, match="out: dtype torch.float16, expected torch.float32"):
-        measure("out", EXACT.half(), EXACT, plain, size)
+        measure("out", EXACT.half(), EXACT, plain, size, size)
 
 
 def test_an_overflow_of_plain_pytorch_allows_nothing() -> None:
     plain, wrong = EXACT.float().clone(), EXACT.float().clone()
     plain[0, 0], wrong[0, 0] = torch.inf, 1.5
+    nothing = torch.zeros_like(EXACT)
     with pytest.raises(WrongResultError):
-        check(measure("out", wrong, EXACT, plain, torch.zeros_like(EXACT)))
+        check(measure("out", wrong, EXACT, plain, nothing, nothing))
 
 
 Forward = Callable[[Problem, Call, Tensor | None], tuple[Tensor, Tensor]]

@@ -3,12 +3,12 @@
 Against the float64 oracle, the error of out, lse and each gradient, its maximum and its root mean square, is at most
 
     2 * (error of plain PyTorch attention in the same dtype)
-      + u * size of the exact result                        one rounding to the result's dtype
-      + STEPS * u_compute * magnitude                       one rounding in each step of the computation
+      + u * (exact result, and `stored`)            one rounding of the result, and of what must be held in its dtype
+      + STEPS * u_compute * `computed`              one rounding in each step of the computation
 
 where u is the unit roundoff of the result's dtype, u_compute that of the computing dtype (float32; float64 for float64
-inputs) and `magnitudes` says how far roundings can move each element. The last term only matters where plain PyTorch is
-exact by luck, as in a softmax over one key. Infinities and NaNs must stand where the oracle's stand.
+inputs), and `magnitudes` says how far roundings move each element. These two terms matter where plain PyTorch is exact
+by luck, as in a softmax over one key. Infinities and NaNs must stand where the oracle's stand.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ class Error:
         )
 
 
-def measure(name: str, result: Tensor, exact: Tensor, plain: Tensor, magnitude: Tensor) -> Error:
-    """The error of a result and its budget. exact and magnitude are float64; plain has the result's dtype.
+def measure(name: str, result: Tensor, exact: Tensor, plain: Tensor, computed: Tensor, stored: Tensor) -> Error:
+    """The error of a result and its budget. exact, computed and stored are float64; plain has the result's dtype.
 
     Raises WrongResultError where shapes or dtypes differ, or where non-finite values stand in other places.
     """
@@ -72,8 +72,8 @@ def measure(name: str, result: Tensor, exact: Tensor, plain: Tensor, magnitude: 
     plain_error = _distance(plain, exact, finite & torch.isfinite(plain))
     terms = (
         PLAIN_FACTOR * plain_error,
-        unit_roundoff(result.dtype) * exact.masked_fill(~finite, 0.0).abs(),
-        STEPS * unit_roundoff(_computing_dtype(result.dtype)) * magnitude.masked_fill(~finite, 0.0),
+        unit_roundoff(result.dtype) * torch.hypot(exact, stored).masked_fill(~finite, 0.0),
+        STEPS * unit_roundoff(_computing_dtype(result.dtype)) * computed.masked_fill(~finite, 0.0),
     )
     return Error(
         name,

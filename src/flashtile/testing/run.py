@@ -67,9 +67,10 @@ def compare(case: Case, inputs: Inputs, results: Results) -> tuple[accuracy.Erro
     grads = len(results) > 2
     exact = evaluate(case, wide, "reference", grads)
     yardstick = evaluate(case, inputs, None, grads)
-    sizes = magnitudes(case, wide, random_state(case, inputs))
+    computed, stored = magnitudes(case, wide, random_state(case, inputs))
     return tuple(
-        accuracy.measure(name, result, exact[name], yardstick[name], sizes[name]) for name, result in results.items()
+        accuracy.measure(name, result, exact[name], yardstick[name], computed[name], stored[name])
+        for name, result in results.items()
     )
 
 

@@ -55,7 +55,9 @@ def empty_gradients(call: Call) -> tuple[Tensor, Tensor | None, Tensor | None]:
 
 def empty_out(q: Tensor, problem: Problem) -> Tensor:
     """Memory for the result, its dimensions in q's own order (head_dim innermost), as PyTorch's attention has it."""
-    shape, strides = problem.out_shape, q.stride()[:-1]
+    shape, (*strides, innermost) = problem.out_shape, q.stride()
+    if innermost == 1 and shape == q.shape:
+        return torch.empty_like(q)
     if all(outer >= inner for outer, inner in pairwise(strides)):
         return q.new_empty(shape)
     order = sorted(range(len(strides)), key=lambda axis: strides[axis], reverse=True)

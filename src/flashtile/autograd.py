@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,9 @@ from torch import Tensor
 from flashtile.execution import run_backward, run_forward
 from flashtile.problem import Call
 
+DIFFERENTIABLE = 6  # the leading fields of Call that gradients are counted for: q, k, v, bias, alibi_slopes, sinks
 TENSORS = 11  # the leading fields of Call that are tensors
+REST = (None,) * (len(Call._fields) - DIFFERENTIABLE)
 _PLAIN = (Tensor, torch.nn.Parameter)
 _SAVED = 5  # dout, dlse, out, lse and bias_grad come before the call's fields in a backward
 
@@ -29,17 +31,19 @@ def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> No
     ctx.numbers = inputs[TENSORS:]
 
 
-def gradients(ctx: Any, run: Callable[..., Any], dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The gradient of every field of the call, by `run`: run_backward, or the same thing behind the dispatcher."""
+def gradients(
+    ctx: Any, run: Callable[..., Any], dout: Tensor | None, dlse: Tensor | None, wanted: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the call's first six fields, None where not wanted.
+
+    run: run_backward, or the same thing behind the dispatcher.
+    """
     *tensors, out, lse = ctx.saved_tensors
-    numbers = ctx.numbers
     if dout is None and dlse is None:
-        return (None,) * (TENSORS + len(numbers))
+        return (None,) * DIFFERENTIABLE
     dout = torch.zeros_like(out) if dout is None else dout
-    dq, dk, dv, dbias, dsinks = run(dout, dlse, out, lse, bool(ctx.needs_input_grad[3]), *tensors, *numbers)
-    grads = (dq, dk, dv, dbias, None, dsinks)
-    wanted = (g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=False))
-    return (*wanted, *(None,) * (TENSORS - 6 + len(numbers)))
+    dq, dk, dv, dbias, dsinks = run(dout, dlse, out, lse, bool(wanted[3]), *tensors, *ctx.numbers)
+    return tuple(grad if want else None for grad, want in zip((dq, dk, dv, dbias, None, dsinks), wanted, strict=True))
 
 
 def refuse_second_derivative(ctx: Any, *grads: Tensor) -> None:
@@ -66,19 +70,20 @@ def transformed() -> bool:
 
 
 class Attention(torch.autograd.Function):
-    """The eager way."""
+    """The eager way. Each argument costs time, so the call comes whole and only what may have gradients beside it."""
 
     @staticmethod
-    def forward(ctx: Any, *fields: Any) -> tuple[Tensor, Tensor]:
-        output = run_forward(Call(*fields))
-        save(ctx, fields, output)
+    def forward(ctx: Any, call: Call, *differentiable: Tensor | None) -> tuple[Tensor, Tensor]:
+        output = run_forward(call)
+        save(ctx, call, output)
         return output
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         # With create_graph the op puts its own refusal of a second derivative into the graph.
         dispatched = torch.is_grad_enabled() or needs_dispatcher(dout, dlse)
-        return gradients(ctx, torch.ops.flashtile.backward if dispatched else run_backward, dout, dlse)
+        run = torch.ops.flashtile.backward if dispatched else run_backward
+        return (None, *gradients(ctx, run, dout, dlse, ctx.needs_input_grad[1:]))
 
 
 class Transformed(torch.autograd.Function):
@@ -94,7 +99,7 @@ class Transformed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        return gradients(ctx, TransformedBackward.apply, dout, dlse)
+        return (*gradients(ctx, TransformedBackward.apply, dout, dlse, ctx.needs_input_grad[:DIFFERENTIABLE]), *REST)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *fields: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:

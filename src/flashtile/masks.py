@@ -32,6 +32,9 @@ class Lowered(NamedTuple):
     hi: Tensor | None = None
 
 
+UNMASKED = Lowered()
+
+
 @dataclass(frozen=True)
 class Mask:
     """Base of all masks; combine two with `&`."""

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from flashtile import flops
 from flashtile.autograd import (
+    DIFFERENTIABLE,
+    REST,
     Attention,
     Transformed,
     gradients,
@@ -52,7 +54,7 @@ def attention(call: Call, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
     if needs_dispatcher(*call[:6]) or transformed():
         return _dispatched(call, out)
     if out is None and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in call[:6]):
-        return Attention.apply(*call)  # type: ignore[no-untyped-call]
+        return Attention.apply(call, *call[:DIFFERENTIABLE])  # type: ignore[no-untyped-call]
     return run_forward(call, out)
 
 
@@ -73,7 +75,8 @@ def _backward_op(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    return gradients(ctx, torch.ops.flashtile.backward, dout, dlse)
+    wanted = ctx.needs_input_grad[:DIFFERENTIABLE]
+    return (*gradients(ctx, torch.ops.flashtile.backward, dout, dlse, wanted), *REST)
 
 
 def _forward_fake(*fields: Any) -> tuple[Tensor, Tensor]:

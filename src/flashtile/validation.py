@@ -40,11 +40,7 @@ def describe(call: Call) -> Problem:
 
 
 def _metadata(call: Call) -> tuple[object, ...]:
-    return (*[_tensor_metadata(t) if isinstance(t, Tensor) else t for t in call[:11]], *call[11:])
-
-
-def _tensor_metadata(tensor: Tensor) -> tuple[object, ...]:
-    return tensor.shape, tensor.dtype, tensor.device
+    return (*[t if t is None else (t.shape, t.dtype, t.device) for t in call[:11]], *call[11:])
 
 
 def check(call: Call) -> Problem:

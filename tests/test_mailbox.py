@@ -70,6 +70,8 @@ def test_the_next_call_of_the_backend_raises(slots: Tensor) -> None:
 
 def test_a_device_without_slots_is_clear() -> None:
     mailbox.raise_if_set(63)
+    flashtile.check_device_errors("cuda:63")
+    flashtile.check_device_errors("cuda")
 
 
 GOOD = {"cu_seqlens_q": [0, 3, 8], "cu_seqlens_k": [0, 4, 9], "max_seqlen_q": 5, "max_seqlen_k": 5}

@@ -4,6 +4,9 @@ Beyond the original: any device, float32 and float64, a value head_dim of its ow
 `window_size` side of -1 is unlimited; window and causal mask are aligned at the bottom right. Packed inputs stay
 packed: the gradient of qkv or kv is one tensor, written in place.
 
+Errors are those of `flashtile.attention`, in these functions' argument names. Source: flash_attn 2.8,
+flash_attn_interface.py; FlashAttention-2 (Dao 2023, arXiv 2307.08691).
+
 With return_attn_probs=True each function returns (out, lse, S_dmask): lse (batch, heads, q_len) or (heads, total_q),
 +inf for a row that sees nothing; S_dmask as `signed_probabilities` makes it, empty without dropout.
 """

@@ -54,13 +54,13 @@ def _raise(mailbox: _Mailbox) -> NoReturn:
 
 def check(device: torch.device | None) -> None:
     """Waits for a device, or for all that have slots, and raises what their kernels reported."""
-    for index in [*_mailboxes] if device is None else [_index(device)]:
+    for index in [*_mailboxes] if device is None else _indices(device):
         if index is not None and index in _mailboxes:
             torch.accelerator.synchronize(index)
         raise_if_set(index)
 
 
-def _index(device: torch.device) -> int | None:
+def _indices(device: torch.device) -> list[int | None]:
     if device.type == "cpu" or device.index is not None:
-        return device.index
-    return torch.accelerator.current_device_index()
+        return [device.index]
+    return [torch.accelerator.current_device_index()] if torch.accelerator.is_available() else []

@@ -1,7 +1,8 @@
-"""Makes Triton's interpreter round to bfloat16 as GPUs do, to nearest even; it cuts the low bits off (3.6.0 to 3.9.0).
+"""Makes Triton's interpreter compute as a GPU does, where it does not by itself (3.6.0 to 3.9.0).
 
-A probability of 0.9999999 would become 0.996, and errors would be one-sided: a test of bfloat16 would measure the
-interpreter. `test_backends` checks the repair.
+It cuts off the low bits when it casts to bfloat16, where GPUs round to nearest even: a probability of 0.9999999 would
+become 0.996, and errors would be one-sided; a test of bfloat16 would measure the interpreter. And NumPy, which it
+computes with, warns where a GPU answers -inf to log2(0).
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ import numpy as np
 import torch
 
 
-def round_bfloat16_to_nearest() -> None:
-    """Replaces the interpreter's cast for the rest of the process; a second call does nothing."""
+def compute_as_a_gpu_does() -> None:
+    """Replaces the interpreter's cast and silences NumPy for the rest of the process; a second call does nothing."""
     import triton.language as tl
     from triton.runtime import interpreter
 
+    np.seterr(all="ignore")
     builder = interpreter.InterpreterBuilder
     cast = builder.cast_impl
     if hasattr(cast, "rounds_to_nearest"):

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from interpreter import round_bfloat16_to_nearest
+from interpreter import compute_as_a_gpu_does
 
 GPU = torch.cuda.is_available()
 
 # A process either compiles Triton kernels or interprets them, see conftest.
 _interpreted = [] if GPU else [pytest.param("triton", "cpu", id="triton-interpreted")]
 if not GPU:
-    round_bfloat16_to_nearest()
+    compute_as_a_gpu_does()
 
 PLACES = (
     pytest.param("reference", "cpu", id="reference"),

@@ -14,14 +14,14 @@ from flashtile.backends import blocked
 from flashtile.problem import Call, Problem
 from flashtile.reference import standard
 from flashtile.testing import Case, WrongResultError, case, run_case
-from flashtile.testing.accuracy import Error, check, measure
+from flashtile.testing.accuracy import Error, Sizes, check, measure
 
 EXACT = torch.tensor([[1.0, -2.0], [3.0, 100.0]], dtype=torch.float64)
+NOTHING_ELSE = Sizes(torch.zeros(()), torch.zeros(()))
 
 
 def error_of(result: Tensor, exact: Tensor = EXACT) -> Error:
-    nothing = torch.zeros_like(exact)
-    return measure("out", result, exact, exact.to(result.dtype), nothing, nothing)
+    return measure("out", result, exact, exact.to(result.dtype), NOTHING_ELSE)
 
 
 def test_rounding_is_accepted() -> None:
@@ -67,19 +67,18 @@ def test_non_finite_values_are_required_where_the_oracle_has_them(right: float, 
 
 
 def test_shape_and_dtype_are_checked() -> None:
-    plain, size = EXACT.float(), torch.zeros_like(EXACT)
+    plain = EXACT.float()
     with pytest.raises(WrongResultError, match="out: shape"):
-        measure("out", EXACT.float()[:1], EXACT, plain, size, size)
+        measure("out", EXACT.float()[:1], EXACT, plain, NOTHING_ELSE)
     with pytest.raises(WrongResultError, match="out: dtype torch.float16, expected torch.float32"):
-        measure("out", EXACT.half(), EXACT, plain, size, size)
+        measure("out", EXACT.half(), EXACT, plain, NOTHING_ELSE)
 
 
 def test_an_overflow_of_plain_pytorch_allows_nothing() -> None:
     plain, wrong = EXACT.float().clone(), EXACT.float().clone()
     plain[0, 0], wrong[0, 0] = torch.inf, 1.5
-    nothing = torch.zeros_like(EXACT)
     with pytest.raises(WrongResultError):
-        check(measure("out", wrong, EXACT, plain, nothing, nothing))
+        check(measure("out", wrong, EXACT, plain, NOTHING_ELSE))
 
 
 Forward = Callable[[Problem, Call, Tensor | None], tuple[Tensor, Tensor]]

@@ -3,18 +3,19 @@
 Against the float64 oracle, the error of out, lse and each gradient, its maximum and its root mean square, is at most
 
     2 * (error of plain PyTorch attention in the same dtype)
-      + u * (exact result, and `stored`)            one rounding of the result, and of what must be held in its dtype
+      + u_result * exact, u_input * `stored`        one rounding of the result, and of what is held in the inputs' dtype
       + STEPS * u_compute * `computed`              one rounding in each step of the computation
 
-where u is the unit roundoff of the result's dtype, u_compute that of the computing dtype (float32; float64 for float64
-inputs), and `magnitudes` says how far roundings move each element. These two terms matter where plain PyTorch is exact
-by luck, as in a softmax over one key. Infinities and NaNs must stand where the oracle's stand.
+where u is the unit roundoff of a dtype, the computing dtype is float32 (float64 for float64 inputs), and `magnitudes`
+says how far roundings move each element. These two terms matter where plain PyTorch is exact by luck, as in a softmax
+over one key. Infinities and NaNs must stand where the oracle's stand.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,8 +58,15 @@ class Error:
         )
 
 
-def measure(name: str, result: Tensor, exact: Tensor, plain: Tensor, computed: Tensor, stored: Tensor) -> Error:
-    """The error of a result and its budget. exact, computed and stored are float64; plain has the result's dtype.
+class Sizes(NamedTuple):
+    """Per element: how far one rounding of every computed value, and of every stored one, moves a result (float64)."""
+
+    computed: Tensor
+    stored: Tensor
+
+
+def measure(name: str, result: Tensor, exact: Tensor, plain: Tensor, sizes: Sizes) -> Error:
+    """The error of a result and its budget. exact is float64; plain has the result's dtype.
 
     Raises WrongResultError where shapes or dtypes differ, or where non-finite values stand in other places.
     """
@@ -72,8 +80,8 @@ def measure(name: str, result: Tensor, exact: Tensor, plain: Tensor, computed: T
     plain_error = _distance(plain, exact, finite & torch.isfinite(plain))
     terms = (
         PLAIN_FACTOR * plain_error,
-        unit_roundoff(result.dtype) * torch.hypot(exact, stored).masked_fill(~finite, 0.0),
-        STEPS * unit_roundoff(_computing_dtype(result.dtype)) * computed.masked_fill(~finite, 0.0),
+        torch.where(finite, torch.hypot(unit_roundoff(result.dtype) * exact, sizes.stored), 0.0),
+        torch.where(finite, STEPS * sizes.computed, 0.0),
     )
     return Error(
         name,
@@ -117,10 +125,6 @@ def check_same_nonfinite(name: str, result: Tensor, exact: Tensor) -> None:
 def unit_roundoff(dtype: torch.dtype) -> float:
     """The largest relative error of rounding to nearest."""
     return torch.finfo(dtype).eps / 2
-
-
-def _computing_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _distance(values: Tensor, exact: Tensor, where: Tensor) -> Tensor:

@@ -63,14 +63,14 @@ def run_case(
 
 def compare(case: Case, inputs: Inputs, results: Results) -> tuple[accuracy.Error, ...]:
     """The error of each result, out, lse or gradient, of a case; see `accuracy.measure` for what it raises."""
-    wide = inputs.in_float64()
-    grads = len(results) > 2
+    wide, grads = inputs.in_float64(), len(results) > 2
     exact = evaluate(case, wide, "reference", grads)
     yardstick = evaluate(case, inputs, None, grads)
     computed, stored = magnitudes(case, wide, random_state(case, inputs))
+    units = [accuracy.unit_roundoff(t.dtype) for t in (results["lse"], inputs.q)]
+    sizes = {name: accuracy.Sizes(units[0] * computed[name], units[1] * stored[name]) for name in results}
     return tuple(
-        accuracy.measure(name, result, exact[name], yardstick[name], computed[name], stored[name])
-        for name, result in results.items()
+        accuracy.measure(name, result, exact[name], yardstick[name], sizes[name]) for name, result in results.items()
     )
 
 

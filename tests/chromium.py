@@ -1,4 +1,4 @@
-"""Headless Chromium over its DevTools pipe: opens a page and says what it rendered, logged and asked the network for."""
+"""Headless Chromium over its DevTools pipe: what a page rendered, logged and asked the network for."""
 
 from __future__ import annotations
 
@@ -71,7 +71,9 @@ class Browser:
         path.write_bytes(content)
         return content
 
-    def _ask(self, method: str, parameters: dict[str, Any] | None = None, session: str | None = "own") -> dict[str, Any]:
+    def _ask(
+        self, method: str, parameters: dict[str, Any] | None = None, session: str | None = "own"
+    ) -> dict[str, Any]:
         self._count += 1
         message: dict[str, Any] = {"id": self._count, "method": method, "params": parameters or {}}
         if session is not None:

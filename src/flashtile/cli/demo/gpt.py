@@ -85,6 +85,8 @@ def write(model: GPT, start: bytes, count: int, context: int, device: str) -> by
     text = torch.tensor([list(start)], device=device)
     for _ in range(count):
         logits = model(text[:, -context:])[:, -1].float()
+        # A model whose training failed gives nan; what it writes is then as good as random.
+        logits = logits.nan_to_num()
         drawn = torch.multinomial((logits / 0.7).softmax(-1), 1, generator=generator)
         text = torch.cat([text, drawn], 1)
     return bytes(text[0].tolist())

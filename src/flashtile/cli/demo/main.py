@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from flashtile.cli import console, machine
-from flashtile.cli.console import Result
+from flashtile.cli.console import Result, Step
 from flashtile.cli.demo import exactness, plots, report, scaling, settings, text, training
 from flashtile.cli.demo.attentions import TITLES
 from flashtile.cli.options import option
+
+PARTS = {"exactness": "1/3 exactness", "scaling": "2/3 time and memory", "training": "3/3 training"}
 
 
 @dataclass(frozen=True)
@@ -40,17 +45,27 @@ def run(options: Options) -> Result:
         "quick": options.quick,
         "device": machine.device_facts(device),
         "versions": machine.versions(),
+        "part_seconds": {},
     }
-    with console.progress("1/3 exactness", exactness.steps(chosen.exactness)) as step:
+    with _part(result, "exactness", exactness.steps(chosen.exactness)) as step:
         result["exactness"] = exactness.run(chosen.exactness, device, step)
-    with console.progress("2/3 time and memory", scaling.steps(chosen.scaling)) as step:
+    with _part(result, "scaling", scaling.steps(chosen.scaling)) as step:
         result["scaling"] = scaling.run(chosen.scaling, device, step)
-    with console.progress("3/3 training", chosen.training.steps) as step:
+    with _part(result, "training", chosen.training.steps) as step:
         result["training"] = training.run(chosen.training, content, device, step)
     result["checks"] = checks(result)
     result["ok"] = all(check["ok"] for check in result["checks"])
     result["seconds"] = time.perf_counter() - started
     return write(console.strict(result), Path(options.out))
+
+
+@contextmanager
+def _part(result: Result, name: str, units: int) -> Iterator[Step]:
+    """The progress bar of one part; its duration goes to the result."""
+    started = time.perf_counter()
+    with console.progress(PARTS[name], units) as step:
+        yield step
+    result["part_seconds"][name] = time.perf_counter() - started
 
 
 def checks(result: Result) -> list[Result]:
@@ -101,32 +116,32 @@ def show(result: Result) -> None:
     for check in result["checks"]:
         mark = "[green]passed[/green]" if check["ok"] else "[bold red]FAILED[/bold red]"
         screen.print(f"{mark}  {check['name']}: {check['detail']}")
-    screen.print(_scaling_table(result))
+    for mode in scaling.MODES:
+        screen.print(_scaling_table(result, mode))
     screen.print(_training_table(result))
     screen.print(f"{result['seconds']:.0f} s; the report: [bold]{result['report']}[/bold]", soft_wrap=True)
 
 
-def _scaling_table(result: Result) -> Table:
-    scale = result["scaling"]
-    shape = scale["settings"]
+def _scaling_table(result: Result, mode: str) -> Table:
+    shape = result["scaling"]["settings"]
     table = Table(
-        title=f"causal attention, batch {shape['batch']}, {shape['heads']} heads of {shape['dim']}, {scale['dtype']}",
+        title=f"causal {scaling.MODES[mode]}, batch {shape['batch']}, {shape['heads']} heads of {shape['dim']}, "
+        f"{result['scaling']['dtype']}: time and peak memory",
         title_justify="left",
     )
     table.add_column("tokens", justify="right")
-    for mode in scaling.MODES.values():
-        for title in TITLES.values():
-            table.add_column(f"{title}\n{mode}", justify="right")
+    for title in TITLES.values():
+        table.add_column(title, justify="right")
     for length in shape["lengths"]:
-        cells = [_cost(report.find(result, name, mode, length)) for mode in scaling.MODES for name in TITLES]
+        cells = [_cost(report.find(result, name, mode, length)) for name in TITLES]
         table.add_row(str(length), *cells)
     return table
 
 
 def _cost(row: Result) -> str:
     if row["milliseconds"] is None:
-        return "-"
-    memory = "" if row["peak_bytes"] is None else f"\n{console.size(row['peak_bytes'])}"
+        return f"[dim]{escape(row['reason'] or '-')}[/dim]"
+    memory = "" if row["peak_bytes"] is None else f"  {console.size(row['peak_bytes']):>8}"
     return console.milliseconds(row["milliseconds"]["median"]) + memory
 
 

@@ -83,13 +83,14 @@ def _memory(axes: Any, result: Result, theme: Theme) -> None:
     _against_length(axes, result, theme, lambda row: row["peak_bytes"])
     for axis in axes:
         axis.set_ylabel("peak memory beyond the inputs")
+        axis.set_yscale("log", base=4)
         axis.yaxis.set_major_formatter(lambda value, _: size(value))
 
 
 def _against_length(axes: Any, result: Result, theme: Theme, value: Any) -> None:
     """One line for each attention over the sequence length; a cross where the next length was left out."""
     for axis, (mode, title) in zip(axes, MODES.items(), strict=True):
-        axis.set_title(title)
+        axis.set_title(title, loc="left")
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
         for name, label in TITLES.items():
@@ -114,15 +115,18 @@ def _loss(axes: Any, result: Result, theme: Theme) -> None:
     losses = {name: [float(loss) for loss in run["losses"]] for name, run in training["runs"].items()}
     for name, label in TITLES.items():
         curves.plot(losses[name], color=theme.lines[name], label=label, **STROKES[name])
-    curves.set_title("training loss")
+    curves.set_title("training loss", loc="left")
     curves.set_ylabel("nats a byte")
     for name, difference in training["differences"].items():
         gap = [abs(a - b) for a, b in zip(losses[name], losses["standard"], strict=True)]
         gaps.plot(gap, color=theme.lines[name], label=TITLES[name], **STROKES[name])
         tolerance = difference["loss_tolerance"]
     gaps.axhline(tolerance, color=theme.text, linewidth=1, linestyle=":", label=f"tolerance {tolerance:g}")
-    gaps.set_yscale("log")
-    gaps.set_title("distance of that loss from standard attention's")
+    # Equal losses, difference 0, stand at the foot of the axis, which is linear below a rounding of float32.
+    gaps.set_yscale("symlog", linthresh=1e-7)
+    gaps.set_ylim(bottom=0)
+    gaps.set_title("its distance from standard attention's", loc="left")
+    gaps.set_ylabel("nats a byte")
     for axis in axes:
         axis.set_xlabel("training step")
         axis.grid(True)

@@ -65,7 +65,7 @@ def _mark(ok: bool) -> str:
 
 
 def _highlights(result: Result) -> str:
-    """What flashtile saves at the longest length that both it and the other ran."""
+    """How flashtile compares at the longest length that both it and the other ran."""
     cards = []
     for other in ("standard", "sdpa"):
         for mode, title in MODES.items():
@@ -73,10 +73,10 @@ def _highlights(result: Result) -> str:
             if ran:
                 a, b = (find(result, name, mode, ran[-1]) for name in (other, "flashtile"))
                 ratio = a["milliseconds"]["median"] / b["milliseconds"]["median"]
-                cards.append((f"{ratio:.2g}×", f"the speed of {TITLES[other]}, {title}, {ran[-1]} tokens"))
+                cards.append((f"{ratio:.2g}×", f"as fast as {TITLES[other]}, {title}, {ran[-1]} tokens"))
                 if other == "standard" and mode == "train" and a["peak_bytes"] and b["peak_bytes"]:
-                    share = f"{a['peak_bytes'] / b['peak_bytes']:.3g}×"
-                    cards.append((share, f"less peak memory than {TITLES[other]}, {title}, {ran[-1]} tokens"))
+                    share = f"{b['peak_bytes'] / a['peak_bytes']:.2%}"
+                    cards.append((share, f"of the peak memory of {TITLES[other]}, {title}, {ran[-1]} tokens"))
     return "".join(
         ["<ul class='cards'>", *(f"<li><strong>{value}</strong> {escape(what)}</li>" for value, what in cards), "</ul>"]
     )

@@ -21,7 +21,7 @@ TIMING_METHODS = {
     "cpu": "median wall-clock time; the attentions take turns in one process, so a busy machine meets all alike",
     "cuda": "median time between CUDA events, with the L2 cache overwritten before each call",
 }
-LEAST_ROUNDS, MOST_ROUNDS = 3, 25
+LEAST_ROUNDS, MOST_ROUNDS = 2, 25
 
 
 def run(settings: Scaling, device: str, step: Step) -> Result:

@@ -76,8 +76,8 @@ _CASES = (
 
 CPU = Settings(
     Exactness(_CASES, lengths=(1024,)),
-    Scaling(batch=1, heads=8, dim=64, lengths=(512, 1024, 2048, 4096, 8192, 16384), seconds=3.0, call_seconds=8.0),
-    Training(layers=3, heads=4, width=128, context=1024, batch=2, steps=200, windows=16, sampled=200),
+    Scaling(batch=1, heads=8, dim=64, lengths=(512, 1024, 2048, 4096, 8192, 16384), seconds=2.0, call_seconds=4.0),
+    Training(layers=3, heads=4, width=128, context=1024, batch=1, steps=250, windows=16, sampled=200),
 )
 
 GPU = Settings(
@@ -95,7 +95,7 @@ GPU = Settings(
 
 QUICK = Settings(
     Exactness(("gqa-causal-odd", "bias-heads"), lengths=()),
-    Scaling(batch=1, heads=2, dim=32, lengths=(128, 256, 512), seconds=0.1, call_seconds=1.0),
+    Scaling(batch=1, heads=2, dim=32, lengths=(128, 256, 512), seconds=0.1, call_seconds=60.0),
     Training(layers=2, heads=2, width=64, context=128, batch=4, steps=30, windows=4, sampled=40),
 )
 

@@ -137,16 +137,17 @@ def _difference(trainee: Trainee, standard: Trainee, runs: dict[str, Result]) ->
     assert own is not None and other is not None
     gradient = ((own - other).norm() / other.norm()).item()
     gaps = [abs(a - b) for a, b in zip(trainee.losses, standard.losses, strict=True)]
+    worst = max(gaps, key=lambda gap: math.inf if math.isnan(gap) else gap)
     held_out = abs(runs[trainee.name]["held_out_loss"] - runs[standard.name]["held_out_loss"])
     dtype = torch.bfloat16 if trainee.device == "cuda" else torch.float32
-    # "not <=" rather than ">": a nan must count as different.
     return {
         "first_gradient": gradient,
         "first_gradient_tolerance": GRADIENT_TOLERANCE[dtype],
-        "largest_loss_gap": max(gaps),
-        "largest_loss_gap_step": gaps.index(max(gaps)),
+        "largest_loss_gap": worst,
+        "largest_loss_gap_step": gaps.index(worst),
         "held_out_gap": held_out,
         "loss_tolerance": LOSS_TOLERANCE,
+        # Written so that a nan counts as different.
         "gradient_ok": gradient <= GRADIENT_TOLERANCE[dtype],
         "curves_ok": all(gap <= LOSS_TOLERANCE for gap in [*gaps, held_out]),
     }

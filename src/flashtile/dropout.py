@@ -8,7 +8,7 @@ random numbers: as easy as 1, 2, 3", SC 2011, table 2: the fewest rounds that pa
     word    = 2 * (bit 3 of row) + (bit 3 of column)
     half    = bit 0 of column
 
-An element is dropped where its 16 bits are below round(dropout_p * 65536). Nothing depends on tile sizes, so forward
+An element is dropped where its 16 bits are below `threshold(dropout_p)`, dropout_p in units of 1 / 65536. Nothing depends on tile sizes, so forward
 and backward of every backend drop the same elements and never store the mask. One Philox call serves eight elements;
 these eight lie in one thread of a tensor-core accumulator, which is why the bits are dealt this way.
 """
@@ -30,8 +30,8 @@ def draw(device: torch.device) -> Tensor:
 
 
 def threshold(dropout_p: float) -> int:
-    """Elements with random bits below this are dropped; 0 drops none, 65536 all."""
-    return round(dropout_p * 65536)
+    """Elements with random bits below this are dropped; 0 drops none, 65536 all, which only dropout_p = 1 does."""
+    return 65536 if dropout_p == 1.0 else min(round(dropout_p * 65536), 65535)
 
 
 def keep_mask(rng: Tensor, dropout_p: float, batch_head: Tensor, row: Tensor, column: Tensor) -> Tensor:

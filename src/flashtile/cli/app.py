@@ -13,8 +13,9 @@ def main() -> None:
     try:
         from flashtile.cli.commands import app
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] not in NEEDED:
+        package = (error.name or "").partition(".")[0]
+        if package not in NEEDED:
             raise
-        print(f"flashtile: the command line needs {error.name}: pip install flashtile[cli]", file=sys.stderr)
+        print(f"flashtile: the command line needs {package}: pip install flashtile[cli]", file=sys.stderr)
         raise SystemExit(USAGE_ERROR) from None
     app()

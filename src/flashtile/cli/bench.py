@@ -11,7 +11,7 @@ import torch
 
 from flashtile.cli import grids, machine, plots, roster
 from flashtile.cli.bench_table import show
-from flashtile.cli.console import Result, choices, integers, progress, strict
+from flashtile.cli.console import Result, UsageError, choices, integers, progress, strict
 from flashtile.cli.limits import Limits, measure
 from flashtile.cli.measure import Contest
 from flashtile.cli.options import option
@@ -65,6 +65,9 @@ def run(options: Options) -> Result:
         return {"ok": True, "plots": [str(path) for path in plots.draw(Path(options.plot), Path(options.plot_out))]}
     modes = MODES[choices(options.mode, tuple(MODES), "--mode")[0]]
     device = options.device or machine.default_device()
+    machine.check_device(device)
+    if not 0 < options.seconds < float("inf"):
+        raise UsageError(f"--seconds: got {options.seconds}, expected a positive number")
     dtype = DTYPES[choices(options.dtype or "bfloat16", tuple(DTYPES), "--dtype")[0]]
     works = [replace(TINY, train=False)] if modes == ("host",) else _grid(options)
     peers = roster.selected(options.peers, options.backend)
@@ -102,7 +105,6 @@ def _grid(options: Options) -> list[Workload]:
 
 
 def _facts(options: Options, device: str, dtype: torch.dtype) -> Result:
-    machine.check_device(device)
     return {
         "grid": "quick" if options.quick else options.grid,
         "limits": measure(dtype, device, options.seconds, options.quick).as_dict(),

@@ -138,6 +138,8 @@ def _problem(options: Options, mask: masks.Mask | None) -> Problem:
 
 def _capability(options: Options, device: str) -> tuple[int, int] | None:
     if device != "cuda":
+        if options.capability is not None:
+            raise UsageError(f"--capability: got {options.capability!r} with the device {device!r}, which has none")
         return None
     if options.capability is None:
         return torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
@@ -154,7 +156,7 @@ def _mask(options: Options) -> masks.Mask | None:
     if options.prefix is not None:
         parts.append(masks.Prefix(options.prefix))
     if options.chunk is not None:
-        parts.append(masks.Chunked(*integers(options.chunk, "--chunk")[:2]))
+        parts.append(_chunked(options.chunk))
     if options.documents is not None:
         parts.append(masks.Documents(tuple(integers(options.documents, "--documents"))))
     try:
@@ -164,6 +166,13 @@ def _mask(options: Options) -> masks.Mask | None:
     for part in parts:
         mask = part if mask is None else mask & part
     return mask
+
+
+def _chunked(text: str) -> masks.Chunked:
+    words = _signed(text, "--chunk", text.count(",") + 1)
+    if len(words) > 2 or words[0] < 1 or words[-1] < 0:
+        raise UsageError(f"--chunk: got {text!r}, expected SIZE or SIZE,OVERLAP")
+    return masks.Chunked(*words)
 
 
 def _signed(text: str, name: str, count: int) -> list[int]:
@@ -212,9 +221,13 @@ def _kernel(problem: Problem, kernel: Kernel, lo: torch.Tensor, hi: torch.Tensor
 
 def _traffic(problem: Problem, options: Options, mask: masks.Mask | None, kernels: list[Kernel]) -> Result:
     """Bytes between slow and fast memory, all heads: no cache holds anything between tiles."""
+    if options.fast_memory < 1:
+        raise UsageError(f"--fast-memory: got {options.fast_memory}, expected a positive number of KiB")
     heads, item = problem.batch * problem.q_heads, problem.dtype.itemsize
     fa1 = traffic.fa1_block_sizes(options.fast_memory * 1024 // item, max(problem.qk_dim, problem.v_dim))
-    fa2 = _signed(options.fa2_tile, "--fa2-tile", 2)
+    fa2 = integers(options.fa2_tile, "--fa2-tile")
+    if len(fa2) != 2:
+        raise UsageError(f"--fa2-tile: got {options.fa2_tile!r}, expected query rows and keys")
     one, first, second = (_head(problem, mask, *tile) for tile in ((1, 1), fa1, fa2))
     sizes = {
         "q": problem.batch * problem.q_len * problem.q_heads * problem.qk_dim,
@@ -222,7 +235,7 @@ def _traffic(problem: Problem, options: Options, mask: masks.Mask | None, kernel
         "v": problem.batch * problem.k_len * problem.kv_heads * problem.v_dim,
         "out": problem.batch * problem.q_len * problem.q_heads * problem.v_dim,
     }
-    result: Result = {}
+    result: Result = {"tiles": {}}
     for mode in ("forward", "backward"):
         counted = {
             "standard": getattr(traffic, f"standard_{mode}")(one),
@@ -236,7 +249,9 @@ def _traffic(problem: Problem, options: Options, mask: masks.Mask | None, kernel
             if kernel.mode == mode
         )
         result[mode]["at least"] = costs.smallest_traffic(sizes, problem.v_dim, problem.dtype, mode)
-    result["tiles"] = {"FlashAttention-1": list(fa1), "FlashAttention-2": fa2}
+    lengths = (problem.q_len, problem.k_len)
+    for name, tile in (("FlashAttention-1", fa1), ("FlashAttention-2", fa2)):
+        result["tiles"][name] = [min(*pair) for pair in zip(tile, lengths, strict=True)]
     return result
 
 

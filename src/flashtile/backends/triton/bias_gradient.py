@@ -107,7 +107,7 @@ def bias_kernel(
         p = tl.where(seen, tl.exp2(s - lse[:, None]), 0.0)
         dp = dot(do_tile, tl.trans(v_tile), PRECISION, WIDEN)
         if DROPOUT:
-            dp = tl.where(keep(row[:, None], col[None, :], bh, rng, threshold), dp * keep_scale, 0.0)
+            dp = tl.where(keep(first_row, line[:, None], first_key, lane[None, :], bh, rng, threshold), dp * keep_scale, 0.0)
         total += p * (dp - delta[:, None])
     dbias += own_b.to(tl.int64) * stride_gb + own_h.to(tl.int64) * stride_gh
     dbias += first_row.to(tl.int64) * stride_gm + first_key.to(tl.int64) * stride_gn

@@ -80,8 +80,7 @@ def compiled(name: str, problem: Problem, target_name: str) -> Any:
             if argument not in launch.RUNTIME and value % 16 == 0:
                 attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
-    options = {"num_warps": plan.config.num_warps, "num_stages": plan.config.num_stages}
-    return triton.compile(source, target=target(target_name), options=options)
+    return triton.compile(source, target=target(target_name), options=plan.config.options)
 
 
 def _launch(name: str, problem: Problem) -> tuple[Any, tuple[Tensor, ...], launch.Plan]:

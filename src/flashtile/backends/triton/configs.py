@@ -25,6 +25,12 @@ class Config:
             raise ValueError(f"tile: got {self.BLOCK_M} x {self.BLOCK_N}, expected at least 16 x 16 for the dropout mask")
 
 
+    @property
+    def options(self) -> dict[str, int | bool]:
+        """Triton's compile options; fused multiply-adds are asked for, since Triton 3.10 no longer makes them by itself."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+
+
 def forward(problem: Problem) -> Config:
     return Config(64, 64, 4, 2)
 

@@ -38,13 +38,15 @@ from flashtile.problem import Call, Problem
 @triton.jit
 def _walk(
     o, l, m, q, start, stop, k_ptrs, v_ptrs, bias_ptrs, stride_kn, stride_vn, stride_bn,
-    row, q_len, k_len, begin, end, scale, softcap, slope, bh, rng, threshold,
-    BLOCK_N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    first_row, row, q_len, k_len, begin, end, scale, softcap, slope, bh, rng, threshold,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
     SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr, BIAS_ALIGN: tl.constexpr,
     DROPOUT: tl.constexpr, FOLD: tl.constexpr, MASKED: tl.constexpr, LEFT: tl.constexpr, PRECISION: tl.constexpr,
     WIDEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The key tiles from start to stop folded into (o, l, m)."""
+    line = tl.arange(0, BLOCK_M)
     lane = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
     dv = tl.arange(0, BLOCK_DV)
@@ -79,7 +81,7 @@ def _walk(
         l = l * alpha + tl.sum(p, 1)
         m = m_new
         if DROPOUT:
-            p = tl.where(keep(row[:, None], col[None, :], bh, rng, threshold), p, 0.0)
+            p = tl.where(keep(first_row, line[:, None], n, lane[None, :], bh, rng, threshold), p, 0.0)
         o = o * alpha[:, None]
         v = load_tile(v_ptrs + first * stride_vn, col[:, None], k_len, dv[None, :], DV, BLOCK_DV == DV, MASKED)
         o = dot_add(p.to(v.dtype), v, o, PRECISION, WIDEN)
@@ -168,20 +170,20 @@ def forward_kernel(
     if LEFT:
         o, l, m = _walk(
             o, l, m, q_tile, start, full, k_ptrs, v_ptrs, bias_ptrs, stride_kn, stride_vn, stride_bn,
-            row, q_len, k_len, begin, end, scale, softcap, slope, bh, rng, threshold,
-            BLOCK_N, D, DV, BLOCK_D, BLOCK_DV, SOFTCAP, ALIBI, BIAS, BIAS_ALIGN, DROPOUT, FOLD,
+            first_row, row, q_len, k_len, begin, end, scale, softcap, slope, bh, rng, threshold,
+            BLOCK_M, BLOCK_N, D, DV, BLOCK_D, BLOCK_DV, SOFTCAP, ALIBI, BIAS, BIAS_ALIGN, DROPOUT, FOLD,
             True, True, PRECISION, WIDEN, STAGES,
         )  # fmt: skip
     o, l, m = _walk(
         o, l, m, q_tile, full, partial, k_ptrs, v_ptrs, bias_ptrs, stride_kn, stride_vn, stride_bn,
-        row, q_len, k_len, begin, end, scale, softcap, slope, bh, rng, threshold,
-        BLOCK_N, D, DV, BLOCK_D, BLOCK_DV, SOFTCAP, ALIBI, BIAS, BIAS_ALIGN, DROPOUT, FOLD,
+        first_row, row, q_len, k_len, begin, end, scale, softcap, slope, bh, rng, threshold,
+        BLOCK_M, BLOCK_N, D, DV, BLOCK_D, BLOCK_DV, SOFTCAP, ALIBI, BIAS, BIAS_ALIGN, DROPOUT, FOLD,
         False, False, PRECISION, WIDEN, STAGES,
     )  # fmt: skip
     o, l, m = _walk(
         o, l, m, q_tile, partial, stop, k_ptrs, v_ptrs, bias_ptrs, stride_kn, stride_vn, stride_bn,
-        row, q_len, k_len, begin, end, scale, softcap, slope, bh, rng, threshold,
-        BLOCK_N, D, DV, BLOCK_D, BLOCK_DV, SOFTCAP, ALIBI, BIAS, BIAS_ALIGN, DROPOUT, FOLD,
+        first_row, row, q_len, k_len, begin, end, scale, softcap, slope, bh, rng, threshold,
+        BLOCK_M, BLOCK_N, D, DV, BLOCK_D, BLOCK_DV, SOFTCAP, ALIBI, BIAS, BIAS_ALIGN, DROPOUT, FOLD,
         True, LEFT, PRECISION, WIDEN, STAGES,
     )  # fmt: skip
 

@@ -37,15 +37,17 @@ from flashtile.problem import Call, Problem
 @triton.jit
 def _walk_queries(
     dk, dv_sum, k, v, start, stop, q_ptrs, do_ptrs, bias_ptrs, rows, dbias, slopes,
-    stride_qm, stride_qh, stride_ym, stride_yh, stride_bm, stride_bh, row_step, col, q_len, k_len, begin, end,
+    stride_qm, stride_qh, stride_ym, stride_yh, stride_bm, stride_bh, row_step, first_key, col, q_len, k_len, begin, end,
     scale, softcap, bh, group, max_k, scratch, rng, threshold, keep_scale,
-    BLOCK_M: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
     SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr, BIAS_ALIGN: tl.constexpr, DROPOUT: tl.constexpr,
     DBIAS: tl.constexpr, GROUPED: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """The query tiles from start to stop, of every grouped head, added to dk and dv; scores are [BLOCK_N, BLOCK_M]."""
     line = tl.arange(0, BLOCK_M)
+    lane = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
     dv = tl.arange(0, BLOCK_DV)
     count = tl.cdiv(tl.maximum(stop - start, 0), BLOCK_M)
@@ -82,7 +84,7 @@ def _walk_queries(
             p = tl.where((row[None, :] >= begin[:, None]) & (row[None, :] < end[:, None]), p, 0.0)
         dp = dot(v, tl.trans(do), PRECISION, WIDEN)
         if DROPOUT:
-            kept = keep(row[None, :], col[:, None], bh + g, rng, threshold)
+            kept = keep(m, line[None, :], first_key, lane[:, None], bh + g, rng, threshold)
             dv_sum = dot_add(tl.where(kept, p * keep_scale, 0.0).to(do.dtype), do, dv_sum, PRECISION, WIDEN)
             dp = tl.where(kept, dp * keep_scale, 0.0)
         else:
@@ -91,7 +93,7 @@ def _walk_queries(
         if DBIAS == "column":
             # This program alone adds to these addresses, one tile after the other: the order never changes.
             tl.atomic_add(dbias + (bh + g) * max_k + col, tl.sum(ds, 1), mask=col < k_len, sem="relaxed")
-        if SOFTCAP:
+        if SOFTCAP != "none":
             ds = ds * (1.0 - capped * capped)
         dk = dot_add(ds.to(q.dtype), q, dk, PRECISION, WIDEN)
     return dk, dv_sum
@@ -173,22 +175,22 @@ def keys_kernel(
     if KIND != "none":
         dk_tile, dv_tile = _walk_queries(
             dk_tile, dv_tile, k_tile, v_tile, start, full, q_ptrs, do_ptrs, bias_ptrs, rows, dbias, slopes,
-            stride_qm, stride_qh, stride_ym, stride_yh, stride_bm, stride_bh, padded, col, q_len, k_len, begin, end,
-            scale, softcap, query_bh, group, max_k, scratch, rng, threshold, keep_scale, BLOCK_M, D, DV, BLOCK_D,
+            stride_qm, stride_qh, stride_ym, stride_yh, stride_bm, stride_bh, padded, first_key, col, q_len, k_len, begin, end,
+            scale, softcap, query_bh, group, max_k, scratch, rng, threshold, keep_scale, BLOCK_M, BLOCK_N, D, DV, BLOCK_D,
             BLOCK_DV, SOFTCAP, ALIBI, BIAS, BIAS_ALIGN, DROPOUT, DBIAS, GROUPED, True, PRECISION, WIDEN, STAGES,
         )  # fmt: skip
     # Rows past the end have weight 0, so without a left bound the walk needs no masked end.
     dk_tile, dv_tile = _walk_queries(
         dk_tile, dv_tile, k_tile, v_tile, full, partial if LEFT else stop, q_ptrs, do_ptrs, bias_ptrs, rows, dbias, slopes,
-        stride_qm, stride_qh, stride_ym, stride_yh, stride_bm, stride_bh, padded, col, q_len, k_len, begin, end,
-        scale, softcap, query_bh, group, max_k, scratch, rng, threshold, keep_scale, BLOCK_M, D, DV, BLOCK_D,
+        stride_qm, stride_qh, stride_ym, stride_yh, stride_bm, stride_bh, padded, first_key, col, q_len, k_len, begin, end,
+        scale, softcap, query_bh, group, max_k, scratch, rng, threshold, keep_scale, BLOCK_M, BLOCK_N, D, DV, BLOCK_D,
         BLOCK_DV, SOFTCAP, ALIBI, BIAS, BIAS_ALIGN, DROPOUT, DBIAS, GROUPED, False, PRECISION, WIDEN, STAGES,
     )  # fmt: skip
     if LEFT:
         dk_tile, dv_tile = _walk_queries(
             dk_tile, dv_tile, k_tile, v_tile, partial, stop, q_ptrs, do_ptrs, bias_ptrs, rows, dbias, slopes,
-            stride_qm, stride_qh, stride_ym, stride_yh, stride_bm, stride_bh, padded, col, q_len, k_len, begin, end,
-            scale, softcap, query_bh, group, max_k, scratch, rng, threshold, keep_scale, BLOCK_M, D, DV, BLOCK_D,
+            stride_qm, stride_qh, stride_ym, stride_yh, stride_bm, stride_bh, padded, first_key, col, q_len, k_len, begin, end,
+            scale, softcap, query_bh, group, max_k, scratch, rng, threshold, keep_scale, BLOCK_M, BLOCK_N, D, DV, BLOCK_D,
             BLOCK_DV, SOFTCAP, ALIBI, BIAS, BIAS_ALIGN, DROPOUT, DBIAS, GROUPED, True, PRECISION, WIDEN, STAGES,
         )  # fmt: skip
     dk_ptrs = dk + b * stride_xb + at * stride_xn + offsets(lane[:, None], d[None, :], stride_xn, stride_xd)

@@ -90,9 +90,8 @@ def _launch_first(kernel: Any, key: tuple[Any, ...], plan: Plan, tensors: tuple[
     """Through Triton's own launch, which compiles; then keep what a repeated launch needs."""
     names = kernel.arg_names[len(tensors) :]
     tail = tuple(plan.values[name] for name in names)
-    options = {"num_warps": plan.config.num_warps, "num_stages": plan.config.num_stages}
     with torch.cuda.device(tensors[0].device) if tensors[0].is_cuda else _nothing():
-        compiled = kernel[(plan.programs,)](*tensors, **dict(zip(names, tail, strict=True)), **options)
+        compiled = kernel[(plan.programs,)](*tensors, **dict(zip(names, tail, strict=True)), **plan.config.options)
     if not tensors[0].is_cuda:  # the interpreter compiles nothing
         return
     if len(_ready) >= _READY_LIMIT:
@@ -201,7 +200,8 @@ def scalars(problem: Problem, call: Call) -> dict[str, Any]:
         "right": _distance(problem.window_right),
         "scale": float(problem.scale),
         "softcap": float(problem.softcap),
-        "threshold": dropout.threshold(problem.dropout_p),
+        # At dropout_p = 1 keep_scale is 0 and what is kept does not matter.
+        "threshold": min(dropout.threshold(problem.dropout_p), 65535),
         "keep_scale": 1.0 / (1.0 - problem.dropout_p) if problem.dropout_p < 1.0 else 0.0,
     }
 
@@ -233,7 +233,7 @@ def constants(problem: Problem, config: Config) -> dict[str, Any]:
         "VARLEN": problem.varlen,
         "KIND": mask_kind(problem),
         "LEFT": problem.table or problem.window_left is not None,
-        "SOFTCAP": problem.softcap > 0,
+        "SOFTCAP": softcap_kind(problem),
         "ALIBI": problem.alibi,
         "BIAS": problem.bias or "none",
         "DROPOUT": problem.dropout_p > 0,
@@ -251,6 +251,14 @@ def mask_kind(problem: Problem) -> str:
 def changes_scores(problem: Problem) -> bool:
     """True where a score is more than scale * q.k."""
     return problem.softcap > 0 or problem.alibi or problem.bias is not None
+
+
+def softcap_kind(problem: Problem) -> str:
+    """How tanh is made: NVIDIA's instruction is as good as the 16-bit scores of plain PyTorch, not as float32's."""
+    if problem.softcap == 0:
+        return "none"
+    nvidia = problem.capability is not None and torch.version.hip is None
+    return "fast" if nvidia and problem.dtype.itemsize == 2 else "exact"
 
 
 def float32_precision(problem: Problem) -> str:

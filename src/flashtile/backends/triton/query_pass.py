@@ -40,14 +40,16 @@ from flashtile.problem import Call, Problem
 @triton.jit
 def _walk_keys(
     dq, row_sum, q, do, lse, delta, start, stop, k_ptrs, v_ptrs, bias_ptrs, dbias_ptrs,
-    stride_kn, stride_vn, stride_bn, stride_gn, row, q_len, k_len, begin, end, scale, softcap, slope, bh, rng,
+    stride_kn, stride_vn, stride_bn, stride_gn, first_row, row, q_len, k_len, begin, end, scale, softcap, slope, bh, rng,
     threshold, keep_scale,
-    BLOCK_N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
     SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr, BIAS_ALIGN: tl.constexpr, DROPOUT: tl.constexpr,
     DBIAS: tl.constexpr, MASKED: tl.constexpr, LEFT: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """The key tiles from start to stop added to dq (and to the row sums of dS, for a bias that is one per row)."""
+    line = tl.arange(0, BLOCK_M)
     lane = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
     dv = tl.arange(0, BLOCK_DV)
@@ -72,14 +74,14 @@ def _walk_keys(
             p = tl.where(seen, p, 0.0)
         dp = dot(do, tl.trans(v), PRECISION, WIDEN)
         if DROPOUT:
-            dp = tl.where(keep(row[:, None], col[None, :], bh, rng, threshold), dp * keep_scale, 0.0)
+            dp = tl.where(keep(first_row, line[:, None], n, lane[None, :], bh, rng, threshold), dp * keep_scale, 0.0)
         ds = p * (dp - delta[:, None])
         if DBIAS == "tile":
             inside = (row < q_len)[:, None] & (col < k_len // BIAS_ALIGN * BIAS_ALIGN)[None, :]
             tl.store(dbias_ptrs + first * stride_gn, ds.to(dbias_ptrs.dtype.element_ty), mask=inside)
         elif DBIAS == "row":
             row_sum += tl.sum(ds, 1)
-        if SOFTCAP:
+        if SOFTCAP != "none":
             ds = ds * (1.0 - capped * capped)
         dq = dot_add(ds.to(k.dtype), k, dq, PRECISION, WIDEN)
     return dq, row_sum
@@ -175,20 +177,20 @@ def queries_kernel(
     if LEFT:
         dq_tile, row_sum = _walk_keys(
             dq_tile, row_sum, q_tile, do_tile, lse_row, delta, start, full, k_ptrs, v_ptrs, bias_ptrs, dbias_ptrs,
-            stride_kn, stride_vn, stride_bn, stride_gn, row, q_len, k_len, begin, end, scale, softcap, slope, bh, rng,
-            threshold, keep_scale, BLOCK_N, D, DV, BLOCK_D, BLOCK_DV, SOFTCAP, ALIBI, BIAS, BIAS_ALIGN, DROPOUT, DBIAS,
+            stride_kn, stride_vn, stride_bn, stride_gn, first_row, row, q_len, k_len, begin, end, scale, softcap, slope, bh, rng,
+            threshold, keep_scale, BLOCK_M, BLOCK_N, D, DV, BLOCK_D, BLOCK_DV, SOFTCAP, ALIBI, BIAS, BIAS_ALIGN, DROPOUT, DBIAS,
             True, True, PRECISION, WIDEN, STAGES,
         )  # fmt: skip
     dq_tile, row_sum = _walk_keys(
         dq_tile, row_sum, q_tile, do_tile, lse_row, delta, full, partial, k_ptrs, v_ptrs, bias_ptrs, dbias_ptrs,
-        stride_kn, stride_vn, stride_bn, stride_gn, row, q_len, k_len, begin, end, scale, softcap, slope, bh, rng,
-        threshold, keep_scale, BLOCK_N, D, DV, BLOCK_D, BLOCK_DV, SOFTCAP, ALIBI, BIAS, BIAS_ALIGN, DROPOUT, DBIAS,
+        stride_kn, stride_vn, stride_bn, stride_gn, first_row, row, q_len, k_len, begin, end, scale, softcap, slope, bh, rng,
+        threshold, keep_scale, BLOCK_M, BLOCK_N, D, DV, BLOCK_D, BLOCK_DV, SOFTCAP, ALIBI, BIAS, BIAS_ALIGN, DROPOUT, DBIAS,
         False, False, PRECISION, WIDEN, STAGES,
     )  # fmt: skip
     dq_tile, row_sum = _walk_keys(
         dq_tile, row_sum, q_tile, do_tile, lse_row, delta, partial, stop, k_ptrs, v_ptrs, bias_ptrs, dbias_ptrs,
-        stride_kn, stride_vn, stride_bn, stride_gn, row, q_len, k_len, begin, end, scale, softcap, slope, bh, rng,
-        threshold, keep_scale, BLOCK_N, D, DV, BLOCK_D, BLOCK_DV, SOFTCAP, ALIBI, BIAS, BIAS_ALIGN, DROPOUT, DBIAS,
+        stride_kn, stride_vn, stride_bn, stride_gn, first_row, row, q_len, k_len, begin, end, scale, softcap, slope, bh, rng,
+        threshold, keep_scale, BLOCK_M, BLOCK_N, D, DV, BLOCK_D, BLOCK_DV, SOFTCAP, ALIBI, BIAS, BIAS_ALIGN, DROPOUT, DBIAS,
         True, LEFT, PRECISION, WIDEN, STAGES,
     )  # fmt: skip
     if DBIAS == "row":

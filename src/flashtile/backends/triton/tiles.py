@@ -163,8 +163,10 @@ def dot_add(a, b, accumulator, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
 
 
 @triton.jit
-def tanh(x):
-    """1 - 2 / (exp(2x) + 1): absolute error of a rounding or two, right at both ends."""
+def tanh(x, KIND: tl.constexpr):
+    """"exact": 1 - 2 / (exp(2x) + 1), within a rounding or two; "fast": one instruction, relative error 2**-11."""
+    if KIND == "fast":
+        return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
     return 1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2E)) + 1.0)
 
 
@@ -175,8 +177,8 @@ def score(
 ):  # fmt: skip
     """(scores in base 2, tanh of the softcap) from raw products; row and col broadcast to the shape of s."""
     capped = s
-    if SOFTCAP:
-        capped = tanh(s * (scale / softcap))
+    if SOFTCAP != "none":
+        capped = tanh(s * (scale / softcap), SOFTCAP)
         s = capped * (softcap * LOG2E)
     else:
         s = s * (scale * LOG2E)
@@ -197,14 +199,16 @@ def _multiply_wide(a, B: tl.constexpr):
 
 
 @triton.jit
-def keep(row, col, batch_head, rng, threshold):
-    """Which elements dropout keeps (flashtile.dropout says how): row and col broadcast to a tile.
+def keep(first_row, line, first_col, lane, batch_head, rng, threshold):
+    """Which elements of a tile dropout keeps (flashtile.dropout says how).
 
-    The counters of eight elements in one thread are equal, and the compiler computes equal values once.
+    The tile starts at (first_row, first_col), multiples of its size; line and lane count from there and broadcast to it.
+    The counters of eight elements in one thread are equal, and the compiler computes equal values once. To see that
+    they are, it needs an index taken apart into the bits that differ between threads and those that do not.
     """
     seed = tl.load(rng)
-    c0 = (row & ~8).to(tl.uint32)
-    c1 = (col & ~9).to(tl.uint32)
+    c0 = (first_row | (line & 1) | (line & 6) | (line & 48) | (line & ~63)).to(tl.uint32)  # without bit 3
+    c1 = (first_col | (lane & 6) | (lane & 48) | (lane & ~63)).to(tl.uint32)  # without bits 0 and 3
     c2 = batch_head.to(tl.uint32)
     c3 = tl.load(rng + 1).to(tl.uint32)
     k0 = seed.to(tl.uint32)
@@ -218,9 +222,9 @@ def keep(row, col, batch_head, rng, threshold):
         c3 = low_0
         k0 = (k0.to(tl.uint64) + _WEYL_0).to(tl.uint32)
         k1 = (k1.to(tl.uint64) + _WEYL_1).to(tl.uint32)
-    word = tl.where((row & 8) != 0, tl.where((col & 8) != 0, c3, c2), tl.where((col & 8) != 0, c1, c0))
-    bits = tl.where((col & 1) != 0, word >> 16, word & 0xFFFF)
-    return bits >= threshold
+    word = tl.where((line & 8) != 0, tl.where((lane & 8) != 0, c3, c2), tl.where((lane & 8) != 0, c1, c0))
+    # The half that counts moves to the top; what stays below it never changes the comparison.
+    return tl.where((lane & 1) != 0, word, word << 16) >= (threshold.to(tl.uint32) << 16)
 
 
 @triton.jit

@@ -106,7 +106,8 @@ def _against_length(axes: Any, result: Result, theme: Theme, value: Any) -> None
         axis.minorticks_off()
         axis.set_xlabel("sequence length (tokens)")
         axis.grid(True)
-        axis.legend()
+        if axis.lines:
+            axis.legend()
 
 
 def _loss(axes: Any, result: Result, theme: Theme) -> None:

@@ -192,6 +192,11 @@ def paths_in(document: str) -> set[str]:
 
 
 def missing_paths(document: str, folder: Path) -> list[str]:
-    """Paths that a document in `folder` names and that are neither beside it, in the repository nor in the package."""
+    """Paths that a document in `folder` names and that are neither beside it, in the repository nor in the package.
+
+    A bare file name may stand anywhere in the package: each backend has its configs.py.
+    """
     places = (folder, ROOT, PACKAGE, ROOT / "tests")
-    return sorted(path for path in paths_in(document) if not any((place / path).exists() for place in places))
+    bare = {path.name for path in PACKAGE.rglob("*") if path.is_file()}
+    named = paths_in(document) - bare
+    return sorted(path for path in named if not any((place / path).exists() for place in places))

@@ -150,7 +150,7 @@ def test_every_path_named_in_a_document_exists(path: Path) -> None:
 
 def test_missing_paths_are_found() -> None:
     document = """
-See `src/flashtile/api.py`, `masks.py`, `gone/file.py`, `docs/` and `nowhere/`, [link](CHANGELOG.md),
+See `src/flashtile/api.py`, `masks.py`, `tiles.py`, `gone/file.py`, `docs/` and `nowhere/`, [link](CHANGELOG.md),
 [dead](gone.md#top), [web](https://example.org/x.md), `backends/<name>`, `a / b`.
 ```
 python benchmarks/gone.py out/report.html

@@ -2,7 +2,7 @@
 
 A fresh process prepares the action (its inputs, a small call of the same kind, so that code and threads are loaded),
 notes the high-water mark of its resident memory, runs the action once and notes it again. The difference is what the
-action needed beyond its inputs, whoever allocated it, to about a MiB. On a CUDA device PyTorch's own allocator says the same.
+action needed beyond its inputs, whoever allocated it, to about a MiB. On a CUDA device PyTorch's allocator says it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Prepare = Callable[[], Action]
 # threads, so forking is safe. Elsewhere each child starts from nothing.
 START = "forkserver" if sys.platform == "linux" else "spawn"
 METHODS = {
-    "cpu": "the rise of the process's resident memory (getrusage ru_maxrss) over one call in a fresh process, to about a MiB",
+    "cpu": "the rise of a fresh process's resident memory (getrusage ru_maxrss) over one call, to about a MiB",
     "cuda": "the high-water mark of PyTorch's CUDA allocator over one call",
 }
 

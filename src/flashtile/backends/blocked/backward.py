@@ -19,7 +19,6 @@ from flashtile.backends.blocked.scores import (
     Scoring,
     Scratch,
     bias_tile,
-    exponents,
     factor,
     pack,
     product,
@@ -52,7 +51,7 @@ def backward(
     if bias_grad and call.bias is not None:
         dbias = torch.zeros(call.bias.shape, dtype=problem.lse_dtype, device=lse.device)
     config, scratch = pick_backward(problem), Scratch(call.q)
-    for slab in slabs(problem, call, config.rows, config.keys, config.work):
+    for slab in slabs(problem, call, config.rows, config.keys):
         part = _Keys(problem, call, slab, scratch, (lse, delta, dout))
         part.dbias = None if dbias is None else slab.of_bias(dbias)
         part.differentiate(config, grads)
@@ -82,25 +81,25 @@ class _Keys:
         self.fused = self.narrow != self.wide and self.scoring.plain and problem.dropout_p == 0
         q, k, v = slab.of_queries(call.q), slab.of_keys(call.k), slab.of_keys(call.v)
         lse, delta = (slab.of_lse(t) for t in saved[:2])
-        columns = split(-delta, self.narrow) if self.fused else ()
-        self.q, self.do = pack(q, self.narrow), pack(slab.of_queries(saved[2]), self.narrow, columns)
-        self.k, self.v = pack(k, self.narrow), pack(v, self.narrow, (1.0,) * len(columns))
+        do, columns = slab.of_queries(saved[2]), split(-delta, self.narrow) if self.fused else ()
+        self.q, self.do, self.k = pack(q, self.narrow), pack(do, self.narrow), pack(k, self.narrow)
+        self.v = pack(v, self.narrow, (1.0,) * len(columns))
+        self.do_delta = pack(do, self.narrow, columns) if self.fused else self.do
         # Where a row saw nothing, its weights must become 0, not NaN.
         lse = lse.masked_fill(lse == -torch.inf, torch.inf) * LOG2E
         self.lse, self.delta = (t.reshape(self.q.shape[0], -1, 1) for t in (lse, delta))
-        self.qk_dim, self.v_dim = problem.qk_dim, problem.v_dim
 
     def differentiate(self, config: Config, grads: tuple[Tensor, Tensor, Tensor]) -> None:
         """Writes the slab's part of dq, dk and dv."""
         slab, problem = self.slab, self.problem
         dq, dk, dv = slab.of_queries(grads[0]), slab.of_keys(grads[1]), slab.of_keys(grads[2])
-        self.dq = self.q.new_zeros((*self.q.shape[:2], self.qk_dim), dtype=self.wide)
+        self.dq = self.q.new_zeros((*self.q.shape[:2], problem.qk_dim), dtype=self.wide)
         seen_by = slab.mask.transposed()
         row_step = max(config.rows // slab.group, 1)
         for key in range(0, slab.k_len, config.keys):
             end = min(key + config.keys, slab.k_len)
-            self.dk = self.k.new_zeros((self.k.shape[0], end - key, self.qk_dim), dtype=self.wide)
-            self.dv = self.k.new_zeros((self.k.shape[0], end - key, self.v_dim), dtype=self.wide)
+            self.dk = self.k.new_zeros((self.k.shape[0], end - key, problem.qk_dim), dtype=self.wide)
+            self.dv = self.k.new_zeros((self.k.shape[0], end - key, problem.v_dim), dtype=self.wide)
             for turned in cover(seen_by, slab.mask, key, end, row_step, max(config.edge // slab.group, 1)):
                 self._see(_turn(turned), key)
             dk[:, :, key:end].copy_((self.dk * problem.scale).view_as(dk[:, :, key:end]))
@@ -113,24 +112,20 @@ class _Keys:
         keys = slice(tile.column, tile.column_end)
         own = slice(tile.column - key, tile.column_end - key)
         weights, dscores = (self._fused if self.fused else self._general)(tile, rows, keys)
-        q, k, do = self.q[:, rows, : self.qk_dim], self.k[:, keys, : self.qk_dim], self.do[:, rows, : self.v_dim]
-        self._accumulate(self.dv[:, own], weights.transpose(1, 2), do)
-        self._accumulate(self.dq[:, rows], dscores, k)
-        self._accumulate(self.dk[:, own], dscores.transpose(1, 2), q)
+        self._accumulate(self.dv[:, own], weights.transpose(1, 2), self.do[:, rows])
+        self._accumulate(self.dq[:, rows], dscores, self.k[:, keys])
+        self._accumulate(self.dk[:, own], dscores.transpose(1, 2), self.q[:, rows])
 
     def _accumulate(self, total: Tensor, left: Tensor, right: Tensor) -> None:
-        if self.narrow == self.wide:
-            total.baddbmm_(left, right)
-        else:
-            total += torch.bmm(left, right, out=self.scratch.take("product", tuple(total.shape), self.narrow))
+        total += product(self.scratch.take("part", tuple(total.shape), self.narrow), left, right)
 
     def _fused(self, tile: Tile, rows: slice, keys: slice) -> tuple[Tensor, Tensor]:
         """(P, dS) in the working dtype, delta subtracted by the product."""
         products = self._product("products", self.q[:, rows], self.k[:, keys], factor(self.problem))
         wide = self.scratch.take("scores", products.shape, self.wide)
-        exponents(products, self.lse[:, rows], out=wide).exp2_()
+        torch.sub(products, self.lse[:, rows], out=wide).exp2_()
         weights = products.copy_(wide)
-        dscores = self._product("dweights", self.do[:, rows], self.v[:, keys])
+        dscores = self._product("dweights", self.do_delta[:, rows], self.v[:, keys])
         if self.scoring.hides(tile):
             self.scoring.hide(tile, weights, 0.0)
             self.scoring.hide(tile, dscores, 0.0)
@@ -139,16 +134,16 @@ class _Keys:
     def _product(self, name: str, left: Tensor, right: Tensor, alpha: float = 1.0) -> Tensor:
         """alpha * left right^T."""
         shape = (*left.shape[:2], right.shape[1])
-        return product(self.scratch.take(name, shape, self.narrow), left, right, alpha)
+        return product(self.scratch.take(name, shape, self.narrow), left, right.transpose(1, 2), alpha)
 
     def _general(self, tile: Tile, rows: slice, keys: slice) -> tuple[Tensor, Tensor]:
         """(dropped P, dS) in the working dtype, computed in the wide one with every feature."""
         problem, scoring = self.problem, self.scoring
         scores = self._product("products", self.q[:, rows], self.k[:, keys], factor(problem)).to(self.wide)
         scoring.bend(scores)
-        slope = 1 - (scores / problem.softcap).square_() if problem.softcap > 0 else None
+        slope = 1 - (scores / (problem.softcap * LOG2E)).square_() if problem.softcap > 0 else None
         scoring.add(tile, scores)
-        weights = exponents(scores, self.lse[:, rows], out=scores).exp2_()
+        weights = scores.sub_(self.lse[:, rows]).exp2_()
         dweights = self._product("dweights", self.do[:, rows], self.v[:, keys]).to(self.wide)
         kept = weights
         if problem.dropout_p > 0:

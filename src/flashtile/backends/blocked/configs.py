@@ -13,23 +13,22 @@ from flashtile.problem import Problem
 class Config:
     """How a problem is cut.
 
-    rows: query rows of a tile, query heads of a group counted in. keys: keys of a tile that the mask shows completely.
-    edge: the shorter side of a tile that the mask cuts. work: scores of one step over all its (batch, head) pairs.
+    rows: query rows of a tile, query heads of a group counted in. keys: keys of a tile. edge: the shorter side of a
+    tile that the mask cuts.
     """
 
     rows: int
     keys: int
     edge: int
-    work: int
 
     def __post_init__(self) -> None:
-        for name in ("rows", "keys", "edge", "work"):
+        for name in ("rows", "keys", "edge"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
 
 
-FORWARD = Config(rows=256, keys=1024, edge=256, work=2**19)
-BACKWARD = Config(rows=1024, keys=512, edge=256, work=2**20)
+FORWARD = Config(rows=512, keys=512, edge=128)
+BACKWARD = Config(rows=1024, keys=512, edge=256)
 
 
 def pick_forward(problem: Problem) -> Config:

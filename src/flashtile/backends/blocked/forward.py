@@ -1,11 +1,12 @@
 """Forward: for each block of query rows, an online softmax over the tiles of keys that the mask shows.
 
-For a tile with scores S, taken in units of log2, and the rows' running reference m, denominator l and sum O:
+For a tile with scores S in units of log2 and the rows' running reference m, denominator l and sum O:
 
     P = 2^(S - m)      l += rowsum(P)      O += P V            at the end  O / l  and  lse = (m + log2 l) ln 2
 
 The softmax is exact for any m that keeps P in range, so m is not the running maximum: after a row's first tile it moves
-only where scores pass it by more than `_SLACK`, and most tiles rescale nothing.
+only where scores pass it by more than `_SLACK`, and most tiles rescale nothing. Where |scale| max|q| max|k| bounds all
+scores (Cauchy-Schwarz), m stays 0 and a tile costs no subtraction and no maximum.
 """
 
 from __future__ import annotations
@@ -18,12 +19,16 @@ from torch import Tensor
 from flashtile.backends.blocked import native
 from flashtile.backends.blocked.configs import Config, pick_forward, working_dtype
 from flashtile.backends.blocked.intervals import Tile, cover
-from flashtile.backends.blocked.scores import Scoring, Scratch, exponents, factor, pack, product
+from flashtile.backends.blocked.scores import Scoring, Scratch, factor, pack, product
 from flashtile.backends.blocked.slabs import Slab, slabs
 from flashtile.problem import Call, Problem
 
 # In powers of two: float32 and bfloat16 hold 2**127, and a row may sum up 2**31 weights times values of 2**32.
 _SLACK = 32.0
+_BOUND = 60.0
+
+# A row of few keys may have one weight near 1, which is exact only as 2^0.
+_KEYS_WORTH_BOUNDING = 256
 
 
 def forward(problem: Problem, call: Call, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -36,7 +41,7 @@ def forward(problem: Problem, call: Call, out: Tensor | None = None) -> tuple[Te
         out.zero_()
         lse.fill_(-torch.inf)
     config, scratch = pick_forward(problem), Scratch(call.q)
-    for slab in slabs(problem, call, config.rows, config.keys, config.work):
+    for slab in slabs(problem, call, config.rows, config.keys):
         _attend(problem, call, slab, config, scratch, slab.of_queries(out), slab.of_lse(lse))
     return out, lse
 
@@ -69,7 +74,17 @@ class _Rows:
         q, k = slab.of_queries(call.q), slab.of_keys(call.k)
         self.q, self.k = pack(q, self.narrow), pack(k, self.narrow)
         self.v = pack(slab.of_keys(call.v), self.narrow)
+        self.bounded = self._bounded(slab)
         self.sinks = None if call.sinks is None else slab.of_heads(call.sinks).to(self.wide)
+
+    def _bounded(self, slab: Slab) -> bool:
+        """True where no score can leave [-_BOUND, _BOUND] and rows see many keys."""
+        middle = slab.q_len // 2
+        keys = slab.mask.end(middle) - slab.mask.first(middle)
+        if self.q.device.type != "cpu" or not self.scoring.plain or keys < _KEYS_WORTH_BOUNDING:
+            return False
+        longest = [float(torch.linalg.vector_norm(t, dim=-1, dtype=self.wide).amax()) for t in (self.q, self.k)]
+        return abs(factor(self.problem)) * longest[0] * longest[1] <= _BOUND
 
     def start(self, row: int, row_end: int) -> None:
         self.row = row
@@ -82,48 +97,52 @@ class _Rows:
     def see(self, tile: Tile) -> None:
         """Takes the keys and values of a tile into l and O."""
         rows = slice((tile.row - self.row) * self.group, (tile.row_end - self.row) * self.group)
-        scores = self._follow(rows, self._scores(tile, rows))
+        scores, narrow = self._scores(tile, rows)
+        if not self.bounded:
+            self._follow(rows, scores)
         weights = scores.exp2_()
         self.l[:, rows] += weights.sum(-1)
         if self.problem.dropout_p > 0:
             self.scoring.drop(tile, weights)
-        o, v = self.o[:, rows], self.v[:, tile.column : tile.column_end]
-        if self.narrow == self.wide:
-            o.baddbmm_(weights, v)
-            return
-        weights = self.scratch.take("weights", weights.shape, self.narrow).copy_(weights)
-        part = self.scratch.take("part", o.shape, self.narrow)
-        o += torch.bmm(weights, v, out=part)
+        if self.narrow != self.wide:
+            weights = narrow.copy_(weights)
+        v = self.v[:, tile.column : tile.column_end]
+        self.o[:, rows] += product(
+            self.scratch.take("part", (*weights.shape[:2], v.shape[-1]), self.narrow), weights, v
+        )
 
-    def _scores(self, tile: Tile, rows: slice) -> Tensor:
-        """S - m of a tile in the wide dtype, -inf where hidden."""
-        q, k = self.block_q[:, rows], self.k[:, tile.column : tile.column_end]
-        shape, m = (*q.shape[:2], k.shape[1]), self.m[:, rows, None]
+    def _scores(self, tile: Tile, rows: slice) -> tuple[Tensor, Tensor]:
+        """S - m of a tile in the wide dtype, -inf where hidden, and memory of its shape in the narrow one."""
+        q, k = self.block_q[:, rows], self.k[:, tile.column : tile.column_end].transpose(1, 2)
+        shape = (*q.shape[:2], k.shape[2])
         products = product(self.scratch.take("products", shape, self.narrow), q, k, factor(self.problem))
         scores = products if self.narrow == self.wide else self.scratch.take("scores", shape, self.wide)
         if not self.scoring.plain:
             self.scoring.bend(scores.copy_(products))
             self.scoring.add(tile, scores)
-            products = scores
-        exponents(products, m, out=scores)
+            scores -= self.m[:, rows, None]
+        elif not self.bounded:
+            torch.sub(products, self.m[:, rows, None], out=scores)
+        elif scores is not products:
+            scores.copy_(products)
         if self.scoring.hides(tile):
             self.scoring.hide(tile, scores, -torch.inf)
-        return scores
+        return scores, products
 
-    def _follow(self, rows: slice, scores: Tensor) -> Tensor:
-        """Moves m of rows that saw nothing before or whose scores passed it; returns the scores that are left."""
+    def _follow(self, rows: slice, scores: Tensor) -> None:
+        """Moves m of rows that saw nothing before or whose scores passed it, and the scores with it."""
         top = scores.amax(-1)
         fresh = self.l[:, rows] == 0
         # A comparison on the host would wait for any other device.
         if scores.device.type == "cpu" and not bool(((top > _SLACK) | fresh).any()):
-            return scores
+            return
         # A fresh row's m may fall, too; a row that still sees nothing keeps it.
         rise = torch.where(fresh, top, top.clamp(min=0.0)).masked_fill_(top == -torch.inf, 0.0)
         shrink = torch.exp2(-rise.masked_fill(fresh, 0.0))
         self.m[:, rows] += rise
         self.l[:, rows] *= shrink
         self.o[:, rows] *= shrink[..., None]
-        return scores.sub_(rise[..., None])
+        scores -= rise[..., None]
 
     def finish(self) -> tuple[Tensor, Tensor]:
         """(out, lse) of the block."""

@@ -69,14 +69,17 @@ class Slab:
         return part[:, self.heads].unflatten(1, (-1, self.group)).unsqueeze(2)
 
 
-def slabs(problem: Problem, call: Call, rows: int, keys: int, work: int) -> Iterator[Slab]:
-    """All slabs of a call with something to compute; tiles of rows by keys in one slab hold about `work` scores."""
+def slabs(problem: Problem, call: Call, rows: int, keys: int) -> Iterator[Slab]:
+    """All slabs of a call with something to compute.
+
+    A slab is one (batch entry, key-value head) pair, whose tiles are then contiguous in memory, or as many pairs as
+    fill a tile of rows by keys together.
+    """
     for batch, queries, key_rows, q_len, k_len in _sequences(problem, call):
         if q_len == 0:
             continue
         mask = _mask(call, batch, q_len, k_len)
-        tile = min(rows, q_len * problem.group) * max(min(keys, k_len), 1)
-        units = max(work // tile, 1)
+        units = max(rows * keys // (q_len * problem.group * max(k_len, 1)), 1)
         heads = min(units, problem.kv_heads)
         entries = max(units // problem.kv_heads, 1)
         for first in range(batch.start, batch.stop, entries):

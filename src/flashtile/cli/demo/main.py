@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +12,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from flashtile.cli import console, machine
@@ -45,6 +45,7 @@ def run(options: Options) -> Result:
         "quick": options.quick,
         "device": machine.device_facts(device),
         "versions": machine.versions(),
+        "load_before": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "part_seconds": {},
     }
     with _part(result, "exactness", exactness.steps(chosen.exactness)) as step:
@@ -140,7 +141,7 @@ def _scaling_table(result: Result, mode: str) -> Table:
 
 def _cost(row: Result) -> str:
     if row["milliseconds"] is None:
-        return f"[dim]{escape(row['reason'] or '-')}[/dim]"
+        return "[dim]left out[/dim]"
     memory = "" if row["peak_bytes"] is None else f"  {console.size(row['peak_bytes']):>8}"
     return console.milliseconds(row["milliseconds"]["median"]) + memory
 

@@ -32,9 +32,9 @@ THEMES = (LIGHT, DARK)
 
 # Drawn in this order; where curves coincide, wide and pale below, thin and dashed on top, all stay visible.
 STROKES: dict[str, dict[str, Any]] = {
-    "standard": {"linewidth": 4.5, "alpha": 0.45},
-    "sdpa": {"linewidth": 2.0},
-    "flashtile": {"linewidth": 1.4, "linestyle": (0, (4, 3))},
+    "standard": {"linewidth": 3.5, "alpha": 0.45},
+    "sdpa": {"linewidth": 1.3},
+    "flashtile": {"linewidth": 1.0, "linestyle": (0, (4, 3))},
 }
 
 
@@ -84,6 +84,7 @@ def _memory(axes: Any, result: Result, theme: Theme) -> None:
     for axis in axes:
         axis.set_ylabel("peak memory beyond the inputs")
         axis.set_yscale("log", base=4)
+        axis.minorticks_off()
         axis.yaxis.set_major_formatter(lambda value, _: size(value))
 
 
@@ -131,4 +132,5 @@ def _loss(axes: Any, result: Result, theme: Theme) -> None:
     for axis in axes:
         axis.set_xlabel("training step")
         axis.grid(True)
-        axis.legend()
+    curves.legend(loc="upper right")
+    gaps.legend(loc="lower right")

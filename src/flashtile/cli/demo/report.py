@@ -133,19 +133,25 @@ def _scaling(result: Result, images: Images) -> str:
 
 def _scaling_table(result: Result, mode: str, title: str) -> str:
     rows = []
-    for length in result["scaling"]["settings"]["lengths"]:
-        found = {name: find(result, name, mode, length) for name in TITLES}
-        times = [_time(row) for row in found.values()]
-        memories = [_bytes(row["peak_bytes"]) for row in found.values()]
-        rows.append([f"{length:,}", *times, *memories])
+    lengths = result["scaling"]["settings"]["lengths"]
+    for length in lengths:
+        found = [find(result, name, mode, length) for name in TITLES]
+        rows.append([f"{length:,}", *map(_time, found), *(_bytes(row["peak_bytes"]) for row in found)])
     heads = [f"{what}, {name}" for what in ("time", "memory") for name in TITLES.values()]
-    return f"<h3>{title.capitalize()}</h3>" + _table(["tokens", *heads], rows)
+    first_left_out = [
+        next((row for n in lengths if (row := find(result, name, mode, n))["reason"]), None) for name in TITLES
+    ]
+    reasons = [
+        f"{TITLES[row['attention']]} from {row['length']:,} tokens on: {escape(row['reason'])}"
+        for row in first_left_out
+        if row is not None
+    ]
+    note = f"<p class='note'>Left out: {'; '.join(reasons)}.</p>" if reasons else ""
+    return f"<h3>{title.capitalize()}</h3>" + _table(["tokens", *heads], rows) + note
 
 
 def _time(row: Result) -> str:
-    if row["milliseconds"] is None:
-        return f"<span class='out'>{escape(row['reason'])}</span>"
-    return milliseconds(row["milliseconds"]["median"])
+    return "–" if row["milliseconds"] is None else milliseconds(row["milliseconds"]["median"])
 
 
 def _bytes(count: int | None) -> str:
@@ -188,8 +194,10 @@ def _training(result: Result, images: Images) -> str:
 
 def _facts(result: Result) -> str:
     facts = {**result["device"], **{k: v for k, v in result["versions"].items() if v is not None}}
-    facts["memory_bytes"] = _bytes(facts.get("memory_bytes"))
-    rows = [[escape(key.replace("_", " ")), escape(str(value))] for key, value in facts.items()]
+    facts["memory"] = _bytes(facts.pop("memory_bytes", None))
+    facts["load before the run"] = result["load_before"]
+    facts["seconds"] = ", ".join(f"{name} {seconds:.0f}" for name, seconds in result["part_seconds"].items())
+    rows = [[escape(key.replace("_", " ")), escape(str(value))] for key, value in facts.items() if value is not None]
     return _table(["", ""], rows, words=2)
 
 

@@ -77,7 +77,7 @@ _CASES = (
 CPU = Settings(
     Exactness(_CASES, lengths=(1024,)),
     Scaling(batch=1, heads=8, dim=64, lengths=(512, 1024, 2048, 4096, 8192, 16384), seconds=2.0, call_seconds=4.0),
-    Training(layers=3, heads=4, width=128, context=1024, batch=1, steps=250, windows=16, sampled=200),
+    Training(layers=3, heads=4, width=128, context=1024, batch=1, steps=300, windows=16, sampled=200),
 )
 
 GPU = Settings(

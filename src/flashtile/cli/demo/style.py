@@ -21,7 +21,7 @@ th, td { padding: 0.35rem 0.8rem; border-bottom: 1px solid var(--line); vertical
 th { color: var(--soft); font-weight: 600; vertical-align: bottom; }
 .word { text-align: left; }
 .number { text-align: right; }
-.out { color: var(--soft); font-size: 0.8rem; }
+.note { color: var(--soft); font-size: 0.85rem; }
 img { display: block; width: 100%; height: auto; margin: 1rem 0; }
 pre { background: var(--panel); padding: 1rem; border-radius: 6px; overflow-x: auto; font-size: 0.85rem; }
 .cards { list-style: none; display: flex; flex-wrap: wrap; gap: 0.75rem; margin: 1.25rem 0; padding: 0; }

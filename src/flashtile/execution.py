@@ -69,6 +69,9 @@ def _forward_of_nothing(problem: Problem, call: Call, out: Tensor) -> tuple[Tens
     lse = call.q.new_full(problem.lse_shape, -torch.inf, dtype=problem.lse_dtype)
     if call.sinks is not None:
         lse.copy_(call.sinks[:, None].expand(problem.lse_shape))
+        if call.cu_seqlens_q is not None:
+            row = torch.arange(problem.total_q, device=lse.device)
+            lse.masked_fill_(row >= call.cu_seqlens_q[-1], -torch.inf)  # rows of no sequence
     return out.zero_(), lse
 
 
@@ -81,4 +84,4 @@ def _backward_of_nothing(
     if call.sinks is None:
         return dbias, None
     delta = torch.zeros_like(lse) if dlse is None else -dlse
-    return dbias, sink_gradient(call.sinks, lse, delta)
+    return dbias, sink_gradient(call.sinks, lse, delta.masked_fill(lse == -torch.inf, 0.0))

@@ -208,7 +208,7 @@ def prepare(
     problem: Problem, call: Call, tensors: tuple[Tensor, ...], variant: tuple[object, ...]
 ) -> launch.Plan:
     config = configs.forward(problem)
-    tiles = triton.cdiv(problem.q_len, config.BLOCK_M)
+    tiles = max(1, triton.cdiv(problem.q_len, config.BLOCK_M))  # one, so that rows of no sequence are cleared
     programs = (problem.batch + problem.varlen) * problem.q_heads
     q, k, v, out = tensors[:4]
     values = {

@@ -201,8 +201,8 @@ def queries_kernel(
 
 
 def tiles(problem: Problem) -> int:
-    """Query tiles of the longest sequence, the programs of one head."""
-    return int(triton.cdiv(problem.q_len, configs.backward_queries(problem).BLOCK_M))
+    """Query tiles of the longest sequence, the programs of one head; at least one, to clear rows of no sequence."""
+    return max(1, int(triton.cdiv(problem.q_len, configs.backward_queries(problem).BLOCK_M)))
 
 
 def prepare(problem: Problem, call: Call, tensors: tuple[Tensor, ...], variant: tuple[Any, ...]) -> launch.Plan:

@@ -43,6 +43,7 @@ def test_each_command_has_help_and_json(command: str) -> None:
         (["bench", "--dtype", "int8"], "--dtype: got 'int8'"),
         (["bench", "--device", "abacus"], "--device: got 'abacus'"),
         (["bench", "--grid", "models", "--only", "gpt-9"], "--only: got 'gpt-9'"),
+        (["bench", "--grid", "models", "--only", "flux", "--mode", "backward"], "--mode: got 'backward'"),
         (["bench", "--seconds", "0"], "--seconds: got 0"),
         (["bench", "--plot", "absent.jsonl"], "absent.jsonl"),
         (["verify", "--case", "no-such-case"], "--case: got 'no-such-case'"),

@@ -40,7 +40,7 @@ def test_rows_hold_what_a_figure_needs(tmp_path: Path) -> None:
     ]
     for row in result["rows"]:
         assert row["status"] == "measured"
-        assert set(row["gate"]) == ({"out"} if row["mode"] == "forward" else {"out", "dq", "dk", "dv"})
+        assert set(row["gate"]) == {"out", "dq", "dk", "dv"}
         assert 0 < row["ms_q20"] <= row["ms"] <= row["ms_q80"]
         assert row["tflops"] == pytest.approx(row["flops"] / row["ms"] / 1e9)
         assert row["gbps"] == pytest.approx(row["bytes"] / row["ms"] / 1e6)
@@ -145,6 +145,34 @@ def test_refusals_are_rows_with_a_sentence() -> None:
     measured = {peer for peer, row in rows.items() if row["status"] == "measured"}
     assert measured == {"flashtile", "standard"}
     assert all(row["reason"] for peer, row in rows.items() if peer not in measured)
+
+
+def test_who_has_no_backward_is_timed_forward() -> None:
+    """The CPU's flash kernel takes a bias, but has no gradient for it."""
+    _, result = invoke(*QUICK, "--peers", "sdpa-flash", "--features", "bias", "--mode", "all")
+    rows = {row["mode"]: row for row in result["rows"] if row["peer"] == "sdpa-flash"}
+    assert {mode: row["status"] for mode, row in rows.items()} == {
+        "forward": "measured",
+        "backward": "refused",
+        "train": "refused",
+    }
+    assert (rows["forward"]["reason"], set(rows["forward"]["gate"])) == (None, {"out"})
+    assert rows["backward"]["reason"] == "has no gradient of the bias"
+
+
+def test_a_wrong_gradient_leaves_the_forward_its_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = reference.backward
+
+    def wrong(problem, call, out, lse, dout, dlse, grads, bias_grad):
+        extra = honest(problem, call, out, lse, dout, dlse, grads, bias_grad)
+        grads[2].mul_(1.1)
+        return extra
+
+    monkeypatch.setattr(reference, "backward", wrong)
+    code, result = invoke(*QUICK, "--peers", "none", "--backend", "reference", "--mode", "both")
+    assert code == 1
+    assert [(row["mode"], row["status"]) for row in result["rows"]] == [("forward", "measured"), ("backward", "wrong")]
+    assert result["rows"][1]["reason"].startswith("dv: error")
 
 
 def test_pytorchs_own_refusal_is_quoted() -> None:

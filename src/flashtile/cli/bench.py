@@ -15,7 +15,6 @@ from flashtile.cli.console import Result, UsageError, choices, integers, progres
 from flashtile.cli.limits import Limits, measure
 from flashtile.cli.measure import Contest
 from flashtile.cli.options import option
-from flashtile.cli.peers import Setting
 from flashtile.cli.workload import Workload
 
 __all__ = ["Options", "run", "show"]
@@ -71,18 +70,20 @@ def run(options: Options) -> Result:
     dtype = DTYPES[choices(options.dtype or "bfloat16", tuple(DTYPES), "--dtype")[0]]
     works = [replace(TINY, train=False)] if modes == ("host",) else _grid(options)
     peers = roster.selected(options.peers, options.backend)
-    tasks = [(work, mode) for work in works for mode in modes if work.train or mode in ("forward", "host")]
-    with progress("bench", len(tasks) + 1) as step:
+    if not any(work.train for work in works) and not {"forward", "host"} & set(modes):
+        raise UsageError(f"--mode: got {options.mode!r}, but these calls have a forward only")
+    with progress("bench", len(works) + 1) as step:
         step("the machine's own limits")
         facts = _facts(options, device, dtype)
         limits = Limits(**facts["limits"])
         step("", 1)
         rows: list[Result] = []
-        for work, mode in tasks:
-            setting = Setting(device, dtype, backward=mode in ("backward", "train"))
-            measured = Contest(work, mode, setting, limits, options.seconds, options.seed).rows(peers, step)
-            rows += [{**row, **facts, "clocks": machine.clocks(device)} for row in measured]
-            _append(options.out, rows[-len(peers) :])
+        for work in works:
+            own_modes = tuple(mode for mode in modes if work.train or mode in ("forward", "host"))
+            contest = Contest(work, own_modes, device, dtype, limits, options.seconds, options.seed)
+            measured = [{**row, **facts, "clocks": machine.clocks(device)} for row in contest.rows(peers, step)]
+            _append(options.out, measured)
+            rows += measured
             step("", 1)
     failed = [row for row in rows if row["status"] == "wrong" or (row["own"] and row["status"] == "error")]
     return {"ok": not failed, "rows": rows, "failed": len(failed), "out": options.out}

@@ -20,137 +20,169 @@ from flashtile.dispatch import choose
 
 REFUSALS = (NotImplementedError, torch.OutOfMemoryError)
 NO_KERNEL = "No available kernel"
+GRADIENT_MODES = ("backward", "train")
+
+
+Entry = tuple[Result, Prepared]
 
 
 @dataclass
 class Contest:
-    """Peers that meet over one workload in one mode: forward, backward, train (both at once) or host."""
+    """Peers that meet over one workload, in some of the modes forward, backward, train (both at once) or in host.
+
+    A peer is prepared and judged once for all modes, with gradients where a mode needs them; one that cannot do these
+    is tried again for its forward alone.
+    """
 
     work: Workload
-    mode: str
-    setting: Setting
+    modes: tuple[str, ...]
+    device: str
+    dtype: torch.dtype
     limits: Limits
     seconds: float
     seed: int
-    _expected: dict[bool, list[gate.Expected]] = field(default_factory=dict)
+    _expected: dict[tuple[bool, bool], list[gate.Expected]] = field(default_factory=dict)
 
     def rows(self, peers: list[Peer], step: Step) -> list[Result]:
-        """A row for each peer. On a CPU those that pass the gate are timed in turns, elsewhere one after the other."""
+        """A row for each mode and peer. On a CPU the right ones are timed in turns, elsewhere one after the other."""
         inputs = self._inputs()
-        rows, ready = [], []
+        rows: list[Result] = []
+        waiting: list[Entry] = []
         for peer in peers:
-            step(f"{self.work.id} {self.mode}: {peer.name}")
-            row = self._start(peer)
-            rows.append(row)
-            prepared = None if inputs is None else self._admit(peer, inputs, row)
+            step(f"{self.work.id}: {peer.name}")
+            own = {mode: self._start(peer, mode) for mode in self.modes}
+            rows += own.values()
             if inputs is None:
-                row.update(status="refused", reason="not enough memory for the inputs")
-            if prepared is not None and self._in_turns:
-                ready.append((row, prepared))
-            elif prepared is not None:
-                try:
-                    self._clock([(row, prepared)])
-                except REFUSALS as error:  # repeated backwards keep what the gate's single one could let go
-                    row.update(_failure(error, []))
-                del prepared
-                self._release()
-        if ready:
-            step(f"{self.work.id} {self.mode}: {len(ready)} in turns")
-            self._clock(ready)
-        return rows
+                for row in own.values():
+                    row.update(status="refused", reason="not enough memory for the inputs")
+                continue
+            for modes in self._attempts():
+                pending = {mode: own[mode] for mode in modes if own[mode]["status"] not in ("ready", "measured")}
+                waiting += self._attempt(peer, inputs, pending)
+        for mode in self.modes:
+            ready = [(row, prepared) for row, prepared in waiting if row["mode"] == mode]
+            if ready:
+                step(f"{self.work.id}, {mode}: {len(ready)} in turns")
+                self._clock(ready, mode)
+        return sorted(rows, key=lambda row: self.modes.index(row["mode"]))
 
-    @property
-    def _in_turns(self) -> bool:
-        return self.setting.device == "cpu" and self.mode != "host"
+    def _attempts(self) -> list[tuple[str, ...]]:
+        """All modes together; then what needs no gradient, for those who have none."""
+        alone = tuple(mode for mode in self.modes if mode not in GRADIENT_MODES)
+        return [self.modes] if alone in ((), self.modes) else [self.modes, alone]
+
+    def _attempt(self, peer: Peer, inputs: Inputs, rows: dict[str, Result]) -> list[Entry]:
+        """Judges a peer for the modes of these rows; returned is what to time in turns, the rest is timed here."""
+        if not rows:
+            return []
+        backward = any(mode in GRADIENT_MODES for mode in rows)
+        verdict, prepared = self._admit(peer, inputs, backward)
+        for row in rows.values():
+            row.update({"reason": None, **verdict})
+        if prepared is None:
+            return []
+        if self.device == "cpu" and "host" not in rows:
+            return [(row, prepared) for row in rows.values()]
+        for mode, row in rows.items():
+            self._clock_alone(row, prepared, mode)
+        del prepared
+        self._release()
+        return []
 
     def _inputs(self) -> Inputs | None:
         """The tensors; None where they and their gradients would not fit."""
-        free = machine.free_memory(self.setting.device)
-        mode = "train" if self.setting.backward else "forward"
-        needed = 2 * costs.compulsory_bytes(self.work, self.setting.dtype, mode)
+        free = machine.free_memory(self.device)
+        mode = "train" if any(mode in GRADIENT_MODES for mode in self.modes) else "forward"
+        needed = 2 * costs.compulsory_bytes(self.work, self.dtype, mode)
         if free is not None and needed > free:
             return None
-        return make_inputs(self.work, self.setting.dtype, self.setting.device, self.seed)
+        return make_inputs(self.work, self.dtype, self.device, self.seed)
 
-    def _start(self, peer: Peer) -> Result:
+    def _start(self, peer: Peer, mode: str) -> Result:
         row: Result = {
             "case": self.work.id,
             "feature": self.work.feature,
             "peer": peer.name,
             "own": isinstance(peer, Flashtile),
-            "mode": self.mode,
-            "dtype": str(self.setting.dtype).removeprefix("torch."),
+            "mode": mode,
+            "dtype": str(self.dtype).removeprefix("torch."),
             "call": asdict(self.work),
             "status": None,
             "reason": None,
         }
         if isinstance(peer, Flashtile):
-            capability = machine.capability(self.setting.device)
-            problem = self.work.problem(self.setting.dtype, self.setting.device, capability)
+            problem = self.work.problem(self.dtype, self.device, machine.capability(self.device))
             with contextlib.suppress(NotImplementedError):
                 row["backend"] = choose(problem, peer.backend)
         return row
 
-    def _admit(self, peer: Peer, inputs: Inputs, row: Result) -> Prepared | None:
-        """The peer's prepared call where it can do it and is right; else the row says why not."""
-        reason = peer.refuses(self.work, self.setting)
+    def _admit(self, peer: Peer, inputs: Inputs, backward: bool) -> tuple[Result, Prepared | None]:
+        """What the rows say of a peer, and its prepared call where it can do it and is right."""
+        reason = peer.refuses(self.work, Setting(self.device, self.dtype, backward))
         if reason is not None:
-            row.update(status="refused", reason=reason)
-            return None
+            return {"status": "refused", "reason": reason}, None
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             try:
-                prepared = self._pass_gate(peer, inputs, row)
+                verdict, prepared = self._pass_gate(peer, inputs, backward)
             except Exception as error:
-                row.update(_failure(error, [str(warning.message) for warning in said]))
-                prepared = None
-        if prepared is None:
+                verdict, prepared = _failure(error, [str(warning.message) for warning in said]), None
+        if verdict["status"] != "ready":
+            prepared = None
             self._release()
-        return prepared
+        return verdict, prepared
 
-    def _pass_gate(self, peer: Peer, inputs: Inputs, row: Result) -> Prepared | None:
-        prepared = peer.prepare(self.work, inputs, self.setting.backward)
+    def _pass_gate(self, peer: Peer, inputs: Inputs, backward: bool) -> tuple[Result, Prepared]:
+        prepared = peer.prepare(self.work, inputs, backward)
         checked, work = prepared, self.work
+        verdict: Result = {"status": "ready"}
         if work.dropout_p > 0 and not peer.drops_alike:
-            row["gate_note"] = "checked without dropout, whose random pattern is the peer's own"
+            verdict["gate_note"] = "checked without dropout, whose random pattern is the peer's own"
             work = replace(work, dropout_p=0.0)
-            checked = peer.prepare(work, inputs, self.setting.backward)
-            prepared.results(self.setting.backward, self.work)  # it must not fail later, under the clock
+            checked = peer.prepare(work, inputs, backward)
+            prepared.results(backward, self.work)  # it must not fail later, under the clock
         torch.manual_seed(inputs.seed)
-        results = checked.results(self.setting.backward, work)
-        right, row["gate"] = gate.check(results, self._expectations(inputs, drops=work.dropout_p > 0))
-        if right:
-            return prepared
-        name, worst = max(row["gate"].items(), key=lambda entry: entry[1]["ratio"])
-        row.update(status="wrong", reason=f"{name}: error {worst['error']:.3g}, allowed {worst['allowed']:.3g}")
-        return None
+        results = checked.results(backward, work)
+        right, verdict["gate"] = gate.check(results, self._expectations(inputs, backward, work.dropout_p > 0))
+        if not right:
+            name, worst = max(verdict["gate"].items(), key=lambda entry: entry[1]["ratio"])
+            reason = f"{name}: error {worst['error']:.3g}, allowed {worst['allowed']:.3g}"
+            verdict.update(status="wrong", reason=reason)
+        return verdict, prepared
 
-    def _expectations(self, inputs: Inputs, drops: bool) -> list[gate.Expected]:
-        if drops not in self._expected:
-            self._expected[drops] = gate.expectations(self.work, inputs, self.setting.backward, drops, self.seed)
-        return self._expected[drops]
+    def _expectations(self, inputs: Inputs, backward: bool, drops: bool) -> list[gate.Expected]:
+        key = (backward, drops)
+        if key not in self._expected:
+            self._expected[key] = gate.expectations(self.work, inputs, backward, drops, self.seed)
+        return self._expected[key]
 
-    def _clock(self, ready: list[tuple[Result, Prepared]]) -> None:
+    def _clock(self, ready: list[Entry], mode: str) -> None:
         """Adds time, speed and memory to the rows."""
-        device = self.setting.device
-        tasks = [Task(prepared, self.mode) for _, prepared in ready]
-        if self.mode == "host":
-            results = [timing.host_times(task, device) for task in tasks]
+        tasks = [Task(prepared, mode) for _, prepared in ready]
+        if mode == "host":
+            results = [timing.host_times(task, self.device) for task in tasks]
         else:
-            results = timing.device_times(tasks, device, self.seconds)
+            results = timing.device_times(tasks, self.device, self.seconds)
+        del tasks
         for (row, prepared), times in zip(ready, results, strict=True):
-            row["status"] = "measured"
             middle, low, high = timing.quantiles(times)
-            if self.mode == "host":
-                row.update(host_us=middle, host_us_q20=low, host_us_q80=high, repeats=len(times))
-                continue
-            row.update(ms=middle, ms_q20=low, ms_q80=high, repeats=len(times))
-            row.update(self._speed(middle))
-            row.update(self._memory(prepared))
+            if mode == "host":
+                row.update(host_us=middle, host_us_q20=low, host_us_q80=high)
+            else:
+                row.update(
+                    ms=middle, ms_q20=low, ms_q80=high, **self._speed(mode, middle), **self._memory(mode, prepared)
+                )
+            row.update(status="measured", repeats=len(times))
 
-    def _speed(self, ms: float) -> Result:
-        flops = costs.flops(self.work, self.mode)
-        moved = costs.compulsory_bytes(self.work, self.setting.dtype, self.mode)
+    def _clock_alone(self, row: Result, prepared: Prepared, mode: str) -> None:
+        try:
+            self._clock([(row, prepared)], mode)
+        except REFUSALS as error:  # repeated backwards keep what the gate's single one could let go
+            row.update(_failure(error, []))
+
+    def _speed(self, mode: str, ms: float) -> Result:
+        flops = costs.flops(self.work, mode)
+        moved = costs.compulsory_bytes(self.work, self.dtype, mode)
         tflops, gbps = flops / ms / 1e9, moved / ms / 1e6
         return {
             "flops": flops,
@@ -161,22 +193,23 @@ class Contest:
             "copy_share": gbps / self.limits.copy_gbps,
         }
 
-    def _memory(self, prepared: Prepared) -> Result:
+    def _memory(self, mode: str, prepared: Prepared) -> Result:
         """peak_bytes: beyond the inputs, of a forward, or of a forward and a backward. extra_bytes: without results."""
-        task = Task(prepared, "train" if self.setting.backward else "forward")
+        backward = mode in GRADIENT_MODES
+        task = Task(prepared, "train" if backward else "forward")
         with task.context():
-            peak = timing.peak_bytes(task, self.setting.device)
+            peak = timing.peak_bytes(task, self.device)
         if peak is None:
             return {"peak_bytes": None, "extra_bytes": None}
         peak += prepared.held_bytes
         results = prepared.dout.nbytes
-        if self.setting.backward:
+        if backward:
             results += sum(leaf.nbytes for leaf in prepared.leaves.values())
         return {"peak_bytes": peak, "extra_bytes": max(0, peak - results)}
 
     def _release(self) -> None:
         gc.collect()
-        if self.setting.device == "cuda":
+        if self.device == "cuda":
             torch.cuda.empty_cache()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,18 @@ from torch import Tensor
 
 import flashtile
 
-pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")]
+pytestmark = [
+    pytest.mark.gpu,
+    # PyTorch's words about its own tools: compiling, "reduce-overhead" beginning with an empty graph, capturing on a
+    # side stream what was made on another, the check for synchronisation.
+    pytest.mark.filterwarnings(
+        "ignore::DeprecationWarning",
+        "ignore::FutureWarning",
+        "ignore:The CUDA Graph is empty:UserWarning",
+        "ignore:The AccumulateGrad node's stream:UserWarning",
+        "ignore:Synchronization debug mode is a prototype:UserWarning",
+    ),
+]
 
 
 def inputs(length: int = 256, device: str = "cuda") -> tuple[Tensor, Tensor, Tensor]:
@@ -20,9 +32,14 @@ def inputs(length: int = 256, device: str = "cuda") -> tuple[Tensor, Tensor, Ten
     return q, k, v
 
 
+@functools.cache
+def offsets_on_the_gpu() -> Tensor:
+    return torch.tensor([0, 100, 100, 512], dtype=torch.int32, device="cuda")
+
+
 def varlen(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
     """The same tensors as sequences of 100, 0 and 412 packed end to end."""
-    offsets = torch.tensor([0, 100, 100, 512], dtype=torch.int32, device=q.device)
+    offsets = offsets_on_the_gpu()
     return flashtile.attention_varlen(
         q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), offsets, None, 412, 412, **options
     )

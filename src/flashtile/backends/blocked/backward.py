@@ -75,7 +75,7 @@ class _Keys:
     def __init__(self, problem: Problem, call: Call, slab: Slab, scratch: Scratch, saved: tuple[Tensor, ...]) -> None:
         assert call.k is not None and call.v is not None
         self.problem, self.slab, self.scratch = problem, slab, scratch
-        self.scoring = Scoring(problem, call, slab)
+        self.scoring = Scoring(problem, call, slab, scratch)
         self.narrow, self.wide = working_dtype(problem), problem.lse_dtype
         # With dropout, delta is subtracted after elements were dropped, so the product cannot do it.
         self.fused = self.narrow != self.wide and self.scoring.plain and problem.dropout_p == 0
@@ -126,9 +126,8 @@ class _Keys:
         torch.sub(products, self.lse[:, rows], out=wide).exp2_()
         weights = products.copy_(wide)
         dscores = self._product("dweights", self.do_delta[:, rows], self.v[:, keys])
-        if self.scoring.hides(tile):
-            self.scoring.hide(tile, weights, 0.0)
-            self.scoring.hide(tile, dscores, 0.0)
+        for values in (weights, dscores):
+            self.scoring.hide(tile, values, 0.0)
         return weights, dscores.mul_(weights)
 
     def _product(self, name: str, left: Tensor, right: Tensor, alpha: float = 1.0) -> Tensor:
@@ -152,9 +151,8 @@ class _Keys:
             for values in (kept, dweights.mul_(keep)):
                 scoring.drop(tile, values)
         dscores = dweights.sub_(self.delta[:, rows]).mul_(weights)
-        if scoring.hides(tile):
-            for values in (kept, dscores):
-                scoring.hide(tile, values, 0.0)
+        for values in (kept, dscores):
+            scoring.hide(tile, values, 0.0)
         self._add_bias_gradient(tile, dscores)
         return kept.to(self.narrow), (dscores if slope is None else dscores.mul_(slope)).to(self.narrow)
 

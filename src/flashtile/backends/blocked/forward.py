@@ -69,7 +69,7 @@ class _Rows:
     def __init__(self, problem: Problem, call: Call, slab: Slab, scratch: Scratch) -> None:
         assert call.k is not None and call.v is not None
         self.problem, self.group, self.scratch = problem, slab.group, scratch
-        self.scoring = Scoring(problem, call, slab)
+        self.scoring = Scoring(problem, call, slab, scratch)
         self.narrow, self.wide = working_dtype(problem), problem.lse_dtype
         q, k = slab.of_queries(call.q), slab.of_keys(call.k)
         self.q, self.k = pack(q, self.narrow), pack(k, self.narrow)
@@ -117,16 +117,18 @@ class _Rows:
         shape = (*q.shape[:2], k.shape[2])
         products = product(self.scratch.take("products", shape, self.narrow), q, k, factor(self.problem))
         scores = products if self.narrow == self.wide else self.scratch.take("scores", shape, self.wide)
+        m = self.m[:, rows, None]
         if not self.scoring.plain:
             self.scoring.bend(scores.copy_(products))
             self.scoring.add(tile, scores)
-            scores -= self.m[:, rows, None]
-        elif not self.bounded:
-            torch.sub(products, self.m[:, rows, None], out=scores)
+            self.scoring.hide(tile, scores, -torch.inf)
+            scores -= m
+            return scores, products
+        self.scoring.hide(tile, products, -torch.inf)
+        if not self.bounded:
+            torch.sub(products, m, out=scores)
         elif scores is not products:
             scores.copy_(products)
-        if self.scoring.hides(tile):
-            self.scoring.hide(tile, scores, -torch.inf)
         return scores, products
 
     def _follow(self, rows: slice, scores: Tensor) -> None:

@@ -6,7 +6,7 @@ Rows are query rows and columns keys, or, for the backward, the other way round:
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -16,8 +16,6 @@ from flashtile.masks import rows_seeing
 
 # Tiles begin and end at multiples of this, whatever the mask: oneDNN compiles a kernel for each new shape.
 GRID = 64
-
-_KEPT_TILES = 64
 
 
 class Tile(NamedTuple):
@@ -38,7 +36,6 @@ class Band:
     columns: int
     left: int | None
     right: int | None
-    _tiles: dict[tuple[int, ...], Tensor] = field(default_factory=dict, compare=False)
 
     def first(self, row: int) -> int:
         """The first column that a row sees."""
@@ -55,19 +52,17 @@ class Band:
     def transposed(self) -> Band:
         return Band(self.columns, self.rows, self.right, self.left)
 
+    def likeness(self, tile: Tile) -> tuple[int, ...]:
+        """Equal for tiles of which the mask hides the same elements: those on one diagonal."""
+        return tile.row - tile.column, tile.row_end - tile.row, tile.column_end - tile.column
+
     def seen(self, tile: Tile, device: torch.device) -> Tensor:
-        """Boolean [rows, columns] of a tile; kept, since tiles on the same diagonal are alike."""
-        position = tile.row + self.columns - self.rows - tile.column
-        key = (position, tile.row_end - tile.row, tile.column_end - tile.column)
-        if key not in self._tiles:
-            if len(self._tiles) >= _KEPT_TILES:
-                self._tiles.clear()
-            row = torch.arange(position, position + key[1], device=device)[:, None]
-            column = torch.arange(key[2], device=device)
-            lo = row * 0 if self.left is None else row - self.left
-            hi = row * 0 + key[2] if self.right is None else row + self.right + 1
-            self._tiles[key] = (column >= lo) & (column < hi)
-        return self._tiles[key]
+        """Boolean [rows, columns] of a tile."""
+        row = torch.arange(tile.row, tile.row_end, device=device)[:, None] + (self.columns - self.rows)
+        column = torch.arange(tile.column, tile.column_end, device=device)
+        lo = column[0] if self.left is None else row - self.left
+        hi = column[-1] + 1 if self.right is None else row + self.right + 1
+        return (column >= lo) & (column < hi)
 
 
 class Table:
@@ -89,6 +84,10 @@ class Table:
     def transposed(self) -> Table:
         lo, hi = rows_seeing(self._lo[None], self._hi[None], self.columns)
         return Table(lo[0].long(), hi[0].long(), self.rows)
+
+    def likeness(self, tile: Tile) -> tuple[int, ...]:
+        """Equal for tiles of which the mask hides the same elements: none but the tile itself."""
+        return tile
 
     def seen(self, tile: Tile, device: torch.device) -> Tensor:
         """Boolean [rows, columns] of a tile."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flashtile.backends.blocked.intervals import Tile
+from flashtile.backends.blocked.intervals import Intervals, Tile
 from flashtile.backends.blocked.slabs import Slab
 from flashtile.dropout import keep_mask
 from flashtile.problem import Call, Problem
@@ -24,6 +24,9 @@ SPLIT = 3
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
+# The tiles on a diagonal are hidden alike, and a mask has few diagonals; a table's tiles are all different.
+_KEPT_TILES = 16
+
 
 class Scratch:
     """Buffers that tiles share, by name."""
@@ -31,6 +34,7 @@ class Scratch:
     def __init__(self, like: Tensor) -> None:
         self._like = like
         self._buffers: dict[str, Tensor] = {}
+        self._hidden: dict[tuple[Intervals, tuple[int, ...], float, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A contiguous uninitialised tensor; the one taken before under this name ends."""
@@ -39,6 +43,22 @@ class Scratch:
         if buffer is None or buffer.numel() < count:
             buffer = self._buffers[name] = self._like.new_empty(count, dtype=dtype)
         return buffer[:count].view(shape)
+
+    def hidden(self, mask: Intervals, tile: Tile, fill: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(kept, filled) of a tile that a mask cuts, see `_bit_masks`."""
+        key = (mask, mask.likeness(tile), fill, dtype)
+        if key not in self._hidden:
+            if len(self._hidden) >= _KEPT_TILES:
+                self._hidden.clear()
+            self._hidden[key] = _bit_masks(mask.seen(tile, self._like.device), fill, dtype)
+        return self._hidden[key]
+
+
+def _bit_masks(seen: Tensor, fill: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(kept, filled): value & kept | filled is the value where it is seen and fill elsewhere, NaN or not."""
+    bits = _BITS[dtype.itemsize]
+    kept = seen.to(bits).neg_()  # all bits where seen, none where hidden
+    return kept, kept.bitwise_not() & int(torch.tensor(fill, dtype=dtype).view(bits))
 
 
 def factor(problem: Problem) -> float:
@@ -53,6 +73,7 @@ class Scoring:
     problem: Problem
     call: Call
     slab: Slab
+    scratch: Scratch
 
     def __post_init__(self) -> None:
         call, slab, wide = self.call, self.slab, self.problem.lse_dtype
@@ -65,9 +86,6 @@ class Scoring:
         slab = self.slab
         shape = (slab.batch.stop - slab.batch.start, -1, tile.row_end - tile.row, slab.group, scores.shape[-1])
         return scores.view(shape)
-
-    def hides(self, tile: Tile) -> bool:
-        return tile.partial or (self.bias is not None and self.bias.dtype == torch.bool)
 
     @property
     def plain(self) -> bool:
@@ -96,22 +114,17 @@ class Scoring:
 
         On the bits: PyTorch's masked fill runs at 0.6 elements a nanosecond on the measured CPU, these at 50.
         """
-        bits = _BITS[values.element_size()]
-        view = self.by_head(tile, values).view(bits)
-        for seen in self._seen(tile, values.device):
-            kept = seen.to(bits).neg_()  # all bits where seen, none where hidden
+        masks = []
+        if tile.partial:
+            kept, filled = self.scratch.hidden(self.slab.mask, tile, fill, values.dtype)
+            masks.append((kept[:, None], filled[:, None]))
+        if self.bias is not None and self.bias.dtype == torch.bool:
+            masks.append(_bit_masks(bias_tile(self.bias, tile), fill, values.dtype))
+        view = self.by_head(tile, values).view(_BITS[values.element_size()])
+        for kept, filled in masks:
             view.bitwise_and_(kept)
             if fill:
-                view.bitwise_or_(kept.bitwise_not_() & _bits_of(fill, values.dtype))
-
-    def _seen(self, tile: Tile, device: torch.device) -> list[Tensor]:
-        """Boolean tensors that broadcast to [batch, kv, rows, group, keys]."""
-        seen = []
-        if tile.partial:
-            seen.append(self.slab.mask.seen(tile, device)[:, None])
-        if self.bias is not None and self.bias.dtype == torch.bool:
-            seen.append(bias_tile(self.bias, tile))
-        return seen
+                view.bitwise_or_(filled)
 
     def drop(self, tile: Tile, values: Tensor) -> None:
         """Zeroes what dropout drops, in place; the factor of what it keeps is left to the caller."""
@@ -152,10 +165,6 @@ def bias_tile(bias: Tensor, tile: Tile) -> Tensor:
     if bias.shape[4] > 1:
         bias = bias[..., tile.column : tile.column_end]
     return bias
-
-
-def _bits_of(value: float, dtype: torch.dtype) -> int:
-    return int(torch.tensor(value, dtype=dtype).view(_BITS[dtype.itemsize]))
 
 
 def pack(rows: Tensor, dtype: torch.dtype, columns: tuple[Tensor | float, ...] = ()) -> Tensor:

@@ -56,7 +56,7 @@ class Problem:
 
     window_left, window_right: keys seen before and after a row's own position, None unlimited. table: the mask is a
     per-row table instead. bias: None, "additive" or "boolean"; bias_shape as given, 1 where it is broadcast.
-    capability: (major, minor) of a CUDA device, None elsewhere.
+    capability: (major, minor) of an NVIDIA device, None elsewhere (also on AMD's, whose device is "cuda" too).
     """
 
     batch: int

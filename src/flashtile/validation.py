@@ -66,7 +66,7 @@ def check(call: Call) -> Problem:
         v_dim=v.shape[-1],
         dtype=q.dtype,
         device=q.device.type,
-        capability=torch.cuda.get_device_capability(q.device) if q.device.type == "cuda" else None,
+        capability=_capability(q.device),
         window_left=call.window_left,
         window_right=call.window_right,
         table=call.lo is not None,
@@ -82,6 +82,13 @@ def check(call: Call) -> Problem:
         total_k=k.shape[0] if varlen else 0,
         deterministic=call.deterministic,
     )
+
+
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    """(major, minor) of an NVIDIA device; AMD's, which PyTorch also calls "cuda", have none."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return None
+    return torch.cuda.get_device_capability(device)
 
 
 def check_is_tensor(argument: str, value: object) -> None:

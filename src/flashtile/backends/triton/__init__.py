@@ -29,7 +29,7 @@ def supports(problem: Problem) -> str | None:
         return "the tensors are on the CPU; Triton runs there only in its interpreter (TRITON_INTERPRET=1), for tests"
     if problem.device not in ("cuda", "xpu"):
         return f"Triton has no {problem.device} devices"
-    if problem.capability is not None and torch.version.hip is None and problem.capability < (7, 5):
+    if problem.capability is not None and problem.capability < (7, 5):
         return f"Triton needs compute capability 7.5 or newer, this device has {'.'.join(map(str, problem.capability))}"
     return None
 

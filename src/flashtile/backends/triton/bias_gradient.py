@@ -22,6 +22,7 @@ from flashtile.backends.triton.tiles import (
     load_bias,
     load_tile,
     offsets,
+    random_state,
     score,
     scratch_row,
     sequence,
@@ -65,8 +66,16 @@ def bias_kernel(
     dv = span(BLOCK_DV, WIDE)
     row = first_row + tl.arange(0, BLOCK_M)
     col = first_key + tl.arange(0, BLOCK_N)
+    state = random_state(rng, DROPOUT)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for index in tl.range(0, repeat_b * repeat_h, num_stages=STAGES):
+    repeats = repeat_b * repeat_h
+    if KIND == "band" and not VARLEN:
+        # The mask is the same for all that share the tile: where no row of it sees a key there is nothing to add.
+        last_row = tl.minimum(first_row + BLOCK_M, max_q) - 1
+        nearest, first_end = interval(first_row, max_q, max_k, left, right, lo, hi, KIND)
+        last_begin, furthest = interval(last_row, max_q, max_k, left, right, lo, hi, KIND)
+        repeats = tl.where((furthest > first_key) & (nearest < first_key + BLOCK_N), repeats, 0)
+    for index in tl.range(0, repeats, num_stages=STAGES):
         b = (own_b + index // repeat_h).to(tl.int64)
         h = (own_h + index % repeat_h).to(tl.int64)
         bh = b * heads + h
@@ -107,7 +116,7 @@ def bias_kernel(
         p = tl.where(seen, tl.exp2(s - lse[:, None]), 0.0)
         dp = dot(do_tile, tl.trans(v_tile), PRECISION, WIDEN)
         if DROPOUT:
-            dp = tl.where(keep(first_row, line[:, None], first_key, lane[None, :], bh, rng, threshold), dp * keep_scale, 0.0)
+            dp = tl.where(keep(first_row, line[:, None], first_key, lane[None, :], bh, state, threshold), dp * keep_scale, 0.0)
         total += p * (dp - delta[:, None])
     dbias += own_b.to(tl.int64) * stride_gb + own_h.to(tl.int64) * stride_gh
     dbias += first_row.to(tl.int64) * stride_gm + first_key.to(tl.int64) * stride_gn

@@ -27,6 +27,7 @@ from flashtile.backends.triton.tiles import (
     offsets,
     past_end,
     place,
+    random_state,
     score,
     sequence,
     span,
@@ -38,7 +39,7 @@ from flashtile.problem import Call, Problem
 @triton.jit
 def _walk(
     o, l, m, q, start, stop, k_ptrs, v_ptrs, bias_ptrs, stride_kn, stride_vn, stride_bn,
-    first_row, row, q_len, k_len, begin, end, scale, softcap, slope, bh, rng, threshold,
+    first_row, row, q_len, k_len, begin, end, scale, softcap, slope, bh, state, threshold,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr, BIAS_ALIGN: tl.constexpr,
@@ -81,7 +82,7 @@ def _walk(
         l = l * alpha + tl.sum(p, 1)
         m = m_new
         if DROPOUT:
-            p = tl.where(keep(first_row, line[:, None], n, lane[None, :], bh, rng, threshold), p, 0.0)
+            p = tl.where(keep(first_row, line[:, None], n, lane[None, :], bh, state, threshold), p, 0.0)
         o = o * alpha[:, None]
         v = load_tile(v_ptrs + first * stride_vn, col[:, None], k_len, dv[None, :], DV, BLOCK_DV == DV, MASKED)
         o = dot_add(p.to(v.dtype), v, o, PRECISION, WIDEN)
@@ -152,6 +153,7 @@ def forward_kernel(
     bias_ptrs = bias + offsets(line[:, None], lane[None, :], stride_bm, stride_bn)
     q_tile = load_tile(q_ptrs, row[:, None], q_len, d[None, :], D, BLOCK_D == D, True)
 
+    state = random_state(rng, DROPOUT)
     slope = 0.0
     if ALIBI:
         slope = tl.load(slopes + b * stride_sb + h).to(tl.float32)
@@ -170,19 +172,19 @@ def forward_kernel(
     if LEFT:
         o, l, m = _walk(
             o, l, m, q_tile, start, full, k_ptrs, v_ptrs, bias_ptrs, stride_kn, stride_vn, stride_bn,
-            first_row, row, q_len, k_len, begin, end, scale, softcap, slope, bh, rng, threshold,
+            first_row, row, q_len, k_len, begin, end, scale, softcap, slope, bh, state, threshold,
             BLOCK_M, BLOCK_N, D, DV, BLOCK_D, BLOCK_DV, SOFTCAP, ALIBI, BIAS, BIAS_ALIGN, DROPOUT, FOLD,
             True, True, PRECISION, WIDEN, STAGES,
         )  # fmt: skip
     o, l, m = _walk(
         o, l, m, q_tile, full, partial, k_ptrs, v_ptrs, bias_ptrs, stride_kn, stride_vn, stride_bn,
-        first_row, row, q_len, k_len, begin, end, scale, softcap, slope, bh, rng, threshold,
+        first_row, row, q_len, k_len, begin, end, scale, softcap, slope, bh, state, threshold,
         BLOCK_M, BLOCK_N, D, DV, BLOCK_D, BLOCK_DV, SOFTCAP, ALIBI, BIAS, BIAS_ALIGN, DROPOUT, FOLD,
         False, False, PRECISION, WIDEN, STAGES,
     )  # fmt: skip
     o, l, m = _walk(
         o, l, m, q_tile, partial, stop, k_ptrs, v_ptrs, bias_ptrs, stride_kn, stride_vn, stride_bn,
-        first_row, row, q_len, k_len, begin, end, scale, softcap, slope, bh, rng, threshold,
+        first_row, row, q_len, k_len, begin, end, scale, softcap, slope, bh, state, threshold,
         BLOCK_M, BLOCK_N, D, DV, BLOCK_D, BLOCK_DV, SOFTCAP, ALIBI, BIAS, BIAS_ALIGN, DROPOUT, FOLD,
         True, LEFT, PRECISION, WIDEN, STAGES,
     )  # fmt: skip

@@ -25,6 +25,7 @@ from flashtile.backends.triton.tiles import (
     offsets,
     past_end,
     place,
+    random_state,
     score,
     scratch_row,
     sequence,
@@ -36,20 +37,22 @@ from flashtile.problem import Call, Problem
 
 @triton.jit
 def _walk_queries(
-    dk, dv_sum, k, v, start, stop, q_ptrs, do_ptrs, bias_ptrs, rows, dbias, slopes,
-    stride_qm, stride_qh, stride_ym, stride_yh, stride_bm, stride_bh, row_step, first_key, col, q_len, k_len, begin, end,
-    scale, softcap, bh, group, max_k, scratch, rng, threshold, keep_scale,
+    dk, dv_sum, k, v, start, stop, q_base, do_base, bias_ptrs, rows, dbias, slopes,
+    stride_qm, stride_qh, stride_qd, stride_ym, stride_yh, stride_yd, stride_bm, stride_bh, row_step, first_key, col, q_len, k_len, begin, end,
+    scale, softcap, bh, group, max_k, scratch, state, threshold, keep_scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr, BIAS_ALIGN: tl.constexpr, DROPOUT: tl.constexpr,
-    DBIAS: tl.constexpr, GROUPED: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
-    STAGES: tl.constexpr,
+    DBIAS: tl.constexpr, GROUPED: tl.constexpr, MASKED: tl.constexpr, LEFT: tl.constexpr, PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The query tiles from start to stop, of every grouped head, added to dk and dv; scores are [BLOCK_N, BLOCK_M]."""
     line = tl.arange(0, BLOCK_M)
     lane = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
     dv = tl.arange(0, BLOCK_DV)
+    q_tile = offsets(span(BLOCK_M, WIDE)[:, None], span(BLOCK_D, WIDE)[None, :], stride_qm, stride_qd)
+    do_tile = offsets(span(BLOCK_M, WIDE)[:, None], span(BLOCK_DV, WIDE)[None, :], stride_ym, stride_yd)
     count = tl.cdiv(tl.maximum(stop - start, 0), BLOCK_M)
     for index in tl.range(0, count * group if GROUPED else count, num_stages=STAGES):
         g = index * 0
@@ -61,13 +64,11 @@ def _walk_queries(
         row = m + line
         first = m.to(tl.int64)
         g64 = g.to(tl.int64)
-        q_at = q_ptrs + (first * stride_qm + g64 * stride_qh)
-        do_at = do_ptrs + (first * stride_ym + g64 * stride_yh)
+        q_at = q_base + (first * stride_qm + g64 * stride_qh) + q_tile
+        do_at = do_base + (first * stride_ym + g64 * stride_yh) + do_tile
         q = load_tile(q_at, row[:, None], q_len, d[None, :], D, BLOCK_D == D, True)
         do = load_tile(do_at, row[:, None], q_len, dv[None, :], DV, BLOCK_DV == DV, True)
         row_at = rows + (first + g64 * row_step) + line
-        lse = tl.load(row_at)
-        delta = tl.load(row_at + scratch)
         s = dot(k, tl.trans(q), PRECISION, WIDEN)  # [BLOCK_N, BLOCK_M]
         bias_tile = s
         if BIAS != "none":
@@ -79,17 +80,20 @@ def _walk_queries(
         s, capped = score(
             s, row[None, :], col[:, None], k_len - q_len, scale, softcap, slope, bias_tile, SOFTCAP, ALIBI, BIAS
         )
-        p = tl.exp2(s - lse[None, :])
+        p = tl.exp2(s - tl.load(row_at)[None, :])
         if MASKED:
-            p = tl.where((row[None, :] >= begin[:, None]) & (row[None, :] < end[:, None]), p, 0.0)
+            seen = row[None, :] >= begin[:, None]
+            if LEFT:
+                seen = seen & (row[None, :] < end[:, None])
+            p = tl.where(seen, p, 0.0)
         dp = dot(v, tl.trans(do), PRECISION, WIDEN)
         if DROPOUT:
-            kept = keep(m, line[None, :], first_key, lane[:, None], bh + g, rng, threshold)
+            kept = keep(m, line[None, :], first_key, lane[:, None], bh + g, state, threshold)
             dv_sum = dot_add(tl.where(kept, p * keep_scale, 0.0).to(do.dtype), do, dv_sum, PRECISION, WIDEN)
             dp = tl.where(kept, dp * keep_scale, 0.0)
         else:
             dv_sum = dot_add(p.to(do.dtype), do, dv_sum, PRECISION, WIDEN)
-        ds = p * (dp - delta[None, :])
+        ds = p * (dp - tl.load(row_at + scratch)[None, :])
         if DBIAS == "column":
             # This program alone adds to these addresses, one tile after the other: the order never changes.
             tl.atomic_add(dbias + (bh + g) * max_k + col, tl.sum(ds, 1), mask=col < k_len, sem="relaxed")
@@ -153,15 +157,14 @@ def keys_kernel(
     v_ptrs += offsets(lane[:, None], vd[None, :], stride_vn, stride_vd)
     k_tile = load_tile(k_ptrs, col[:, None], k_len, d[None, :], D, BLOCK_D == D, True)
     v_tile = load_tile(v_ptrs, col[:, None], k_len, vd[None, :], DV, BLOCK_DV == DV, True)
-    q_ptrs = q + b * stride_qb + h * stride_qh + q_at * stride_qm
-    do_ptrs = do + b * stride_yb + h * stride_yh + q_at * stride_ym
-    q_ptrs += offsets(line[:, None], d[None, :], stride_qm, stride_qd)
-    do_ptrs += offsets(line[:, None], vd[None, :], stride_ym, stride_yd)
+    q += b * stride_qb + h * stride_qh + q_at * stride_qm
+    do += b * stride_yb + h * stride_yh + q_at * stride_ym
     bias_ptrs = bias + b * stride_bb + h * stride_bh + first_key.to(tl.int64) * stride_bn
     bias_ptrs += offsets(line[None, :], lane[:, None], stride_bm, stride_bn)
     rows += scratch_row(b, h, heads, q_start, padded, VARLEN)
     slopes += b * stride_sb + h
     query_bh = b * heads + h
+    state = random_state(rng, DROPOUT)
 
     first_rows += b * stride_tb
     end_rows += b * stride_tb
@@ -174,24 +177,24 @@ def keys_kernel(
     dv_tile = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     if KIND != "none":
         dk_tile, dv_tile = _walk_queries(
-            dk_tile, dv_tile, k_tile, v_tile, start, full, q_ptrs, do_ptrs, bias_ptrs, rows, dbias, slopes,
-            stride_qm, stride_qh, stride_ym, stride_yh, stride_bm, stride_bh, padded, first_key, col, q_len, k_len, begin, end,
-            scale, softcap, query_bh, group, max_k, scratch, rng, threshold, keep_scale, BLOCK_M, BLOCK_N, D, DV, BLOCK_D,
-            BLOCK_DV, SOFTCAP, ALIBI, BIAS, BIAS_ALIGN, DROPOUT, DBIAS, GROUPED, True, PRECISION, WIDEN, STAGES,
+            dk_tile, dv_tile, k_tile, v_tile, start, full, q, do, bias_ptrs, rows, dbias, slopes,
+            stride_qm, stride_qh, stride_qd, stride_ym, stride_yh, stride_yd, stride_bm, stride_bh, padded, first_key, col, q_len, k_len, begin, end,
+            scale, softcap, query_bh, group, max_k, scratch, state, threshold, keep_scale, BLOCK_M, BLOCK_N, D, DV, BLOCK_D,
+            BLOCK_DV, SOFTCAP, ALIBI, BIAS, BIAS_ALIGN, DROPOUT, DBIAS, GROUPED, True, LEFT, PRECISION, WIDEN, WIDE, STAGES,
         )  # fmt: skip
     # Rows past the end have weight 0, so without a left bound the walk needs no masked end.
     dk_tile, dv_tile = _walk_queries(
-        dk_tile, dv_tile, k_tile, v_tile, full, partial if LEFT else stop, q_ptrs, do_ptrs, bias_ptrs, rows, dbias, slopes,
-        stride_qm, stride_qh, stride_ym, stride_yh, stride_bm, stride_bh, padded, first_key, col, q_len, k_len, begin, end,
-        scale, softcap, query_bh, group, max_k, scratch, rng, threshold, keep_scale, BLOCK_M, BLOCK_N, D, DV, BLOCK_D,
-        BLOCK_DV, SOFTCAP, ALIBI, BIAS, BIAS_ALIGN, DROPOUT, DBIAS, GROUPED, False, PRECISION, WIDEN, STAGES,
+        dk_tile, dv_tile, k_tile, v_tile, full, partial if LEFT else stop, q, do, bias_ptrs, rows, dbias, slopes,
+        stride_qm, stride_qh, stride_qd, stride_ym, stride_yh, stride_yd, stride_bm, stride_bh, padded, first_key, col, q_len, k_len, begin, end,
+        scale, softcap, query_bh, group, max_k, scratch, state, threshold, keep_scale, BLOCK_M, BLOCK_N, D, DV, BLOCK_D,
+        BLOCK_DV, SOFTCAP, ALIBI, BIAS, BIAS_ALIGN, DROPOUT, DBIAS, GROUPED, False, False, PRECISION, WIDEN, WIDE, STAGES,
     )  # fmt: skip
     if LEFT:
         dk_tile, dv_tile = _walk_queries(
-            dk_tile, dv_tile, k_tile, v_tile, partial, stop, q_ptrs, do_ptrs, bias_ptrs, rows, dbias, slopes,
-            stride_qm, stride_qh, stride_ym, stride_yh, stride_bm, stride_bh, padded, first_key, col, q_len, k_len, begin, end,
-            scale, softcap, query_bh, group, max_k, scratch, rng, threshold, keep_scale, BLOCK_M, BLOCK_N, D, DV, BLOCK_D,
-            BLOCK_DV, SOFTCAP, ALIBI, BIAS, BIAS_ALIGN, DROPOUT, DBIAS, GROUPED, True, PRECISION, WIDEN, STAGES,
+            dk_tile, dv_tile, k_tile, v_tile, partial, stop, q, do, bias_ptrs, rows, dbias, slopes,
+            stride_qm, stride_qh, stride_qd, stride_ym, stride_yh, stride_yd, stride_bm, stride_bh, padded, first_key, col, q_len, k_len, begin, end,
+            scale, softcap, query_bh, group, max_k, scratch, state, threshold, keep_scale, BLOCK_M, BLOCK_N, D, DV, BLOCK_D,
+            BLOCK_DV, SOFTCAP, ALIBI, BIAS, BIAS_ALIGN, DROPOUT, DBIAS, GROUPED, True, LEFT, PRECISION, WIDEN, WIDE, STAGES,
         )  # fmt: skip
     dk_ptrs = dk + b * stride_xb + at * stride_xn + offsets(lane[:, None], d[None, :], stride_xn, stride_xd)
     dv_ptrs = dv + b * stride_wb + at * stride_wn + offsets(lane[:, None], vd[None, :], stride_wn, stride_wd)
@@ -203,7 +206,7 @@ def keys_kernel(
 def prepare(problem: Problem, call: Call, tensors: tuple[Tensor, ...], variant: tuple[Any, ...]) -> launch.Plan:
     """variant: the kind of bias gradient."""
     config = configs.backward_keys(problem)
-    tiles = triton.cdiv(problem.k_len, config.BLOCK_N)
+    tiles = max(1, triton.cdiv(problem.k_len, config.BLOCK_N))  # one, so that rows of no sequence are cleared
     programs = (problem.batch + problem.varlen) * problem.kv_heads
     q, k, v, dout, _, dk, dv, _, first_rows, *_ = tensors
     values = {

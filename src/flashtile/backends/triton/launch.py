@@ -257,13 +257,12 @@ def softcap_kind(problem: Problem) -> str:
     """How tanh is made: NVIDIA's instruction is as good as the 16-bit scores of plain PyTorch, not as float32's."""
     if problem.softcap == 0:
         return "none"
-    nvidia = problem.capability is not None and torch.version.hip is None
-    return "fast" if nvidia and problem.dtype.itemsize == 2 else "exact"
+    return "fast" if problem.capability is not None and problem.dtype.itemsize == 2 else "exact"
 
 
 def float32_precision(problem: Problem) -> str:
     """How float32 products are made: exactly to float32, or in TF32 where PyTorch's own switch allows it."""
-    if problem.dtype != torch.float32 or problem.capability is None or torch.version.hip is not None:
+    if problem.dtype != torch.float32 or problem.capability is None:
         return "ieee"
     if torch.backends.cuda.matmul.fp32_precision == "tf32":
         return "tf32"

@@ -28,6 +28,7 @@ from flashtile.backends.triton.tiles import (
     offsets,
     past_end,
     place,
+    random_state,
     score,
     scratch_row,
     sequence,
@@ -40,7 +41,7 @@ from flashtile.problem import Call, Problem
 @triton.jit
 def _walk_keys(
     dq, row_sum, q, do, lse, delta, start, stop, k_ptrs, v_ptrs, bias_ptrs, dbias_ptrs,
-    stride_kn, stride_vn, stride_bn, stride_gn, first_row, row, q_len, k_len, begin, end, scale, softcap, slope, bh, rng,
+    stride_kn, stride_vn, stride_bn, stride_gn, first_row, row, q_len, k_len, begin, end, scale, softcap, slope, bh, state,
     threshold, keep_scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
@@ -74,7 +75,7 @@ def _walk_keys(
             p = tl.where(seen, p, 0.0)
         dp = dot(do, tl.trans(v), PRECISION, WIDEN)
         if DROPOUT:
-            dp = tl.where(keep(first_row, line[:, None], n, lane[None, :], bh, rng, threshold), dp * keep_scale, 0.0)
+            dp = tl.where(keep(first_row, line[:, None], n, lane[None, :], bh, state, threshold), dp * keep_scale, 0.0)
         ds = p * (dp - delta[:, None])
         if DBIAS == "tile":
             inside = (row < q_len)[:, None] & (col < k_len // BIAS_ALIGN * BIAS_ALIGN)[None, :]
@@ -161,6 +162,7 @@ def queries_kernel(
     if SINKS:
         weight = tl.exp2(tl.load(sinks + h).to(tl.float32) * LOG2E - lse_row)
         tl.store(dsinks + bh * tiles + tile, -tl.sum(weight * delta, 0))
+    state = random_state(rng, DROPOUT)
     slope = 0.0
     if ALIBI:
         slope = tl.load(slopes + b * stride_sb + h).to(tl.float32)
@@ -177,19 +179,19 @@ def queries_kernel(
     if LEFT:
         dq_tile, row_sum = _walk_keys(
             dq_tile, row_sum, q_tile, do_tile, lse_row, delta, start, full, k_ptrs, v_ptrs, bias_ptrs, dbias_ptrs,
-            stride_kn, stride_vn, stride_bn, stride_gn, first_row, row, q_len, k_len, begin, end, scale, softcap, slope, bh, rng,
+            stride_kn, stride_vn, stride_bn, stride_gn, first_row, row, q_len, k_len, begin, end, scale, softcap, slope, bh, state,
             threshold, keep_scale, BLOCK_M, BLOCK_N, D, DV, BLOCK_D, BLOCK_DV, SOFTCAP, ALIBI, BIAS, BIAS_ALIGN, DROPOUT, DBIAS,
             True, True, PRECISION, WIDEN, STAGES,
         )  # fmt: skip
     dq_tile, row_sum = _walk_keys(
         dq_tile, row_sum, q_tile, do_tile, lse_row, delta, full, partial, k_ptrs, v_ptrs, bias_ptrs, dbias_ptrs,
-        stride_kn, stride_vn, stride_bn, stride_gn, first_row, row, q_len, k_len, begin, end, scale, softcap, slope, bh, rng,
+        stride_kn, stride_vn, stride_bn, stride_gn, first_row, row, q_len, k_len, begin, end, scale, softcap, slope, bh, state,
         threshold, keep_scale, BLOCK_M, BLOCK_N, D, DV, BLOCK_D, BLOCK_DV, SOFTCAP, ALIBI, BIAS, BIAS_ALIGN, DROPOUT, DBIAS,
         False, False, PRECISION, WIDEN, STAGES,
     )  # fmt: skip
     dq_tile, row_sum = _walk_keys(
         dq_tile, row_sum, q_tile, do_tile, lse_row, delta, partial, stop, k_ptrs, v_ptrs, bias_ptrs, dbias_ptrs,
-        stride_kn, stride_vn, stride_bn, stride_gn, first_row, row, q_len, k_len, begin, end, scale, softcap, slope, bh, rng,
+        stride_kn, stride_vn, stride_bn, stride_gn, first_row, row, q_len, k_len, begin, end, scale, softcap, slope, bh, state,
         threshold, keep_scale, BLOCK_M, BLOCK_N, D, DV, BLOCK_D, BLOCK_DV, SOFTCAP, ALIBI, BIAS, BIAS_ALIGN, DROPOUT, DBIAS,
         True, LEFT, PRECISION, WIDEN, STAGES,
     )  # fmt: skip

@@ -199,20 +199,31 @@ def _multiply_wide(a, B: tl.constexpr):
 
 
 @triton.jit
-def keep(first_row, line, first_col, lane, batch_head, rng, threshold):
+def random_state(rng, DROPOUT: tl.constexpr):
+    """(low half of the seed, its high half, low half of the offset); zeros without dropout."""
+    low = tl.zeros([], tl.uint32)
+    high = tl.zeros([], tl.uint32)
+    offset = tl.zeros([], tl.uint32)
+    if DROPOUT:
+        seed = tl.load(rng)
+        low = seed.to(tl.uint32)
+        high = (seed >> 32).to(tl.uint32)
+        offset = tl.load(rng + 1).to(tl.uint32)
+    return low, high, offset
+
+
+@triton.jit
+def keep(first_row, line, first_col, lane, batch_head, state, threshold):
     """Which elements of a tile dropout keeps (flashtile.dropout says how).
 
     The tile starts at (first_row, first_col), multiples of its size; line and lane count from there and broadcast to it.
     The counters of eight elements in one thread are equal, and the compiler computes equal values once. To see that
     they are, it needs an index taken apart into the bits that differ between threads and those that do not.
     """
-    seed = tl.load(rng)
+    k0, k1, c3 = state
     c0 = (first_row | (line & 1) | (line & 6) | (line & 48) | (line & ~63)).to(tl.uint32)  # without bit 3
     c1 = (first_col | (lane & 6) | (lane & 48) | (lane & ~63)).to(tl.uint32)  # without bits 0 and 3
     c2 = batch_head.to(tl.uint32)
-    c3 = tl.load(rng + 1).to(tl.uint32)
-    k0 = seed.to(tl.uint32)
-    k1 = (seed >> 32).to(tl.uint32)
     for _ in tl.static_range(_ROUNDS):
         high_0, low_0 = _multiply_wide(c0, _MULTIPLIER_0)
         high_1, low_1 = _multiply_wide(c2, _MULTIPLIER_1)

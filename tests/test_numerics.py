@@ -118,6 +118,18 @@ def test_nothing_leaks_from_behind_the_last_sequence(backend: str, device: str, 
 
 
 @every_place
+def test_without_any_key_only_rows_of_a_sequence_have_the_sink(backend: str, device: str) -> None:
+    q, k, sinks = leaf(5, 2, 4, device=device), leaf(0, 2, 4, device=device), leaf(2, device=device)
+    starts = [torch.tensor(ends, dtype=torch.int32, device=device) for ends in ([0, 3], [0, 0])]
+    out, lse = flashtile.attention_varlen(q, k, k, *starts, 3, 0, sinks=sinks, return_lse=True, backend=backend)
+    assert not out.any()
+    assert torch.equal(lse[:, :3], sinks[:, None].expand(2, 3))
+    assert (lse[:, 3:] == -torch.inf).all()
+    garbage = torch.ones_like(lse).index_fill(1, torch.tensor([4], device=device), torch.nan)
+    assert torch.equal(torch.autograd.grad(lse, sinks, garbage)[0], torch.full_like(sinks, 3.0))
+
+
+@every_place
 def test_nothing_leaks_between_sequences(backend: str, device: str) -> None:
     """NaN in one packed sequence stays in it; so does NaN in one batch entry or head of a dense call."""
     chosen = case("varlen-cross")

@@ -255,6 +255,15 @@ VARLEN = (
         mask=Causal(),
     ),
     Case("varlen-empty", "no queries, no keys, neither", q_lens=(0, 20, 0, 7), k_lens=(9, 0, 0, 7), dlse=True),
+    Case(
+        "varlen-all-empty",
+        "rows and keys, but no sequence has any: a grid without tiles must clear them all the same",
+        q_lens=(0, 0),
+        k_lens=(0, 0),
+        trailing=2,
+        sinks=True,
+        dlse=True,
+    ),
     Case("varlen-no-keys", "no sequence has a key", q_lens=(3, 4), k_lens=(0, 0)),
     Case(
         "varlen-trailing",

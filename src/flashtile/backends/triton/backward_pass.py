@@ -35,13 +35,14 @@ def backward(
     rows = torch.empty(2, launch.scratch_rows(problem), dtype=torch.float32, device=q.device)
     sink_sums = _sink_sums(problem, q) if problem.sinks else rows
     dlse_or_lse = lse if dlse is None else dlse.contiguous()
-    extras = launch.extras(call)
 
-    tensors = (q, k, v, out, dout, lse, dlse_or_lse, rows, dq, dbias_or_q, sink_sums, *extras)
+    tensors = (q, k, v, out, dout, lse, dlse_or_lse, rows, dq, dbias_or_q, sink_sums)
     launch.run(query_pass.queries_kernel, problem, call, tensors, query_pass.prepare, (kind, dlse is not None))
 
-    first_rows, end_rows = (q, q) if call.lo is None or call.hi is None else rows_seeing(call.lo, call.hi, problem.k_len)
-    tensors = (q, k, v, dout, rows, dk, dv, dbias_or_q, first_rows, end_rows, *extras)
+    first_rows, end_rows = (
+        (q, q) if call.lo is None or call.hi is None else rows_seeing(call.lo, call.hi, problem.k_len)
+    )
+    tensors = (q, k, v, dout, rows, dk, dv, dbias_or_q, first_rows, end_rows)
     launch.run(key_pass.keys_kernel, problem, call, tensors, key_pass.prepare, (kind,))
 
     dbias = None if partial is None else bias_gradient.finish(problem, call, kind, partial, dout, rows)

@@ -33,17 +33,15 @@ from flashtile.problem import Call, Problem
 
 @triton.jit(do_not_specialize=launch.RUNTIME)
 def bias_kernel(
-    q, k, v, do, rows, dbias, bias, slopes, sinks, cu_q, cu_k, lo, hi, rng, mailbox,
-    stride_qb, stride_qm, stride_qh, stride_qd, stride_kb, stride_kn, stride_kh, stride_kd,
-    stride_vb, stride_vn, stride_vh, stride_vd, stride_yb, stride_ym, stride_yh, stride_yd,
-    stride_bb, stride_bh, stride_bm, stride_bn, stride_gb, stride_gh, stride_gm, stride_gn, stride_sb, stride_tb,
-    batch, heads, group, max_q, max_k, total_q, total_k, padded, scratch, tiles, left, right, repeat_b, repeat_h,
-    scale, softcap, threshold, keep_scale,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, VARLEN: tl.constexpr, KIND: tl.constexpr, LEFT: tl.constexpr,
-    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr,
-    BIAS_ALIGN: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr, WIDE: tl.constexpr,
-    STAGES: tl.constexpr,
+    q, k, v, do, rows, dbias, bias, slopes, sinks, cu_q, cu_k, lo, hi, rng, mailbox, stride_qb, stride_qm, stride_qh,
+    stride_qd, stride_kb, stride_kn, stride_kh, stride_kd, stride_vb, stride_vn, stride_vh, stride_vd, stride_yb,
+    stride_ym, stride_yh, stride_yd, stride_bb, stride_bh, stride_bm, stride_bn, stride_gb, stride_gh, stride_gm,
+    stride_gn, stride_sb, stride_tb, batch, heads, group, max_q, max_k, total_q, total_k, padded, scratch, tiles,
+    left, right, repeat_b, repeat_h, scale, softcap, threshold, keep_scale,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, VARLEN: tl.constexpr, KIND: tl.constexpr, LEFT: tl.constexpr, SOFTCAP: tl.constexpr,
+    ALIBI: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr, BIAS_ALIGN: tl.constexpr, ALIGN: tl.constexpr,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One tile of dbias: the sum of dS over the repeat_b batches and repeat_h heads that share it."""
     stride_qb, stride_qm, stride_qh = stride_qb * ALIGN, stride_qm * ALIGN, stride_qh * ALIGN
@@ -72,8 +70,8 @@ def bias_kernel(
     if KIND == "band" and not VARLEN:
         # The mask is the same for all that share the tile: where no row of it sees a key there is nothing to add.
         last_row = tl.minimum(first_row + BLOCK_M, max_q) - 1
-        nearest, first_end = interval(first_row, max_q, max_k, left, right, lo, hi, KIND)
-        last_begin, furthest = interval(last_row, max_q, max_k, left, right, lo, hi, KIND)
+        nearest, _first_end = interval(first_row, max_q, max_k, left, right, lo, hi, KIND)
+        _last_begin, furthest = interval(last_row, max_q, max_k, left, right, lo, hi, KIND)
         repeats = tl.where((furthest > first_key) & (nearest < first_key + BLOCK_N), repeats, 0)
     for index in tl.range(0, repeats, num_stages=STAGES):
         b = (own_b + index // repeat_h).to(tl.int64)
@@ -116,12 +114,18 @@ def bias_kernel(
         p = tl.where(seen, tl.exp2(s - lse[:, None]), 0.0)
         dp = dot(do_tile, tl.trans(v_tile), PRECISION, WIDEN)
         if DROPOUT:
-            dp = tl.where(keep(first_row, line[:, None], first_key, lane[None, :], bh, state, threshold), dp * keep_scale, 0.0)
+            dp = tl.where(
+                keep(first_row, line[:, None], first_key, lane[None, :], bh, state, threshold), dp * keep_scale, 0.0
+            )
         total += p * (dp - delta[:, None])
     dbias += own_b.to(tl.int64) * stride_gb + own_h.to(tl.int64) * stride_gh
     dbias += first_row.to(tl.int64) * stride_gm + first_key.to(tl.int64) * stride_gn
     pointers = dbias + offsets(line[:, None], lane[None, :], stride_gm, stride_gn)
-    tl.store(pointers, total.to(dbias.dtype.element_ty), mask=(row < max_q)[:, None] & (col < max_k // BIAS_ALIGN * BIAS_ALIGN)[None, :])
+    tl.store(
+        pointers,
+        total.to(dbias.dtype.element_ty),
+        mask=(row < max_q)[:, None] & (col < max_k // BIAS_ALIGN * BIAS_ALIGN)[None, :],
+    )
 
 
 def kind(problem: Problem) -> str:
@@ -148,14 +152,12 @@ def allocate(problem: Problem, call: Call, kind: str) -> Tensor | None:
     return torch.zeros_like(bias, memory_format=torch.contiguous_format)
 
 
-def finish(
-    problem: Problem, call: Call, kind: str, partial: Tensor, dout: Tensor, rows: Tensor
-) -> Tensor:
+def finish(problem: Problem, call: Call, kind: str, partial: Tensor, dout: Tensor, rows: Tensor) -> Tensor:
     """dbias in the bias's own shape and dtype."""
     bias = call.bias
     assert bias is not None and call.k is not None and call.v is not None
     if kind == "summed":
-        tensors = (call.q, call.k, call.v, dout, rows, partial, *launch.extras(call))
+        tensors = (call.q, call.k, call.v, dout, rows, partial)
         launch.run(bias_kernel, problem, call, tensors, prepare, ())
     if kind in ("row", "column"):
         partial = partial[..., None] if kind == "row" else partial[:, :, None, :]
@@ -163,9 +165,7 @@ def finish(
     return partial
 
 
-def prepare(
-    problem: Problem, call: Call, tensors: tuple[Tensor, ...], variant: tuple[object, ...]
-) -> launch.Plan:
+def prepare(problem: Problem, call: Call, tensors: tuple[Tensor, ...], variant: tuple[object, ...]) -> launch.Plan:
     config = configs.backward_bias(problem)
     q, k, v, dout, _, dbias, *_ = tensors
     assert problem.bias_shape is not None

@@ -150,7 +150,9 @@ def _read(kernel: Any) -> Resources:
         return Resources(field("vgpr_count"), spills, kernel.metadata.shared)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(kernel.asm["cubin"])
-        usage = subprocess.run([cuobjdump(), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+        usage = subprocess.run(
+            [cuobjdump(), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        )
         numbers = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage.stdout)}
     return Resources(numbers["REG"], numbers["STACK"] + numbers["LOCAL"], kernel.metadata.shared)
 

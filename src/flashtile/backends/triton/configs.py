@@ -22,8 +22,9 @@ class Config:
             if value < 1 or value & (value - 1):
                 raise ValueError(f"{name}: got {value}, expected a power of two")
         if self.BLOCK_M < 16 or self.BLOCK_N < 16:
-            raise ValueError(f"tile: got {self.BLOCK_M} x {self.BLOCK_N}, expected at least 16 x 16 for the dropout mask")
-
+            raise ValueError(
+                f"tile: got {self.BLOCK_M} x {self.BLOCK_N}, expected at least 16 x 16 for the dropout mask"
+            )
 
     @property
     def options(self) -> dict[str, int | bool]:

@@ -38,11 +38,10 @@ from flashtile.problem import Call, Problem
 
 @triton.jit
 def _walk(
-    o, l, m, q, start, stop, k_ptrs, v_ptrs, bias_ptrs, stride_kn, stride_vn, stride_bn,
-    first_row, row, q_len, k_len, begin, end, scale, softcap, slope, bh, state, threshold,
+    o, l, m, q, start, stop, k_ptrs, v_ptrs, bias_ptrs, stride_kn, stride_vn, stride_bn, first_row, row, q_len, k_len,
+    begin, end, scale, softcap, slope, bh, state, threshold,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr, BIAS_ALIGN: tl.constexpr,
+    BLOCK_DV: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr, BIAS_ALIGN: tl.constexpr,
     DROPOUT: tl.constexpr, FOLD: tl.constexpr, MASKED: tl.constexpr, LEFT: tl.constexpr, PRECISION: tl.constexpr,
     WIDEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -60,7 +59,9 @@ def _walk(
         if not FOLD:
             bias_tile = s
             if BIAS != "none":
-                bias_tile = load_bias(bias_ptrs + first * stride_bn, row[:, None], q_len, col[None, :], k_len, BIAS_ALIGN)
+                bias_tile = load_bias(
+                    bias_ptrs + first * stride_bn, row[:, None], q_len, col[None, :], k_len, BIAS_ALIGN
+                )
             s, _ = score(
                 s, row[:, None], col[None, :], k_len - q_len, scale, softcap, slope, bias_tile, SOFTCAP, ALIBI, BIAS
             )
@@ -91,17 +92,16 @@ def _walk(
 
 @triton.jit(do_not_specialize=launch.RUNTIME)
 def forward_kernel(
-    q, k, v, out, lse, bias, slopes, sinks, cu_q, cu_k, lo, hi, rng, mailbox,
-    stride_qb, stride_qm, stride_qh, stride_qd, stride_kb, stride_kn, stride_kh, stride_kd,
-    stride_vb, stride_vn, stride_vh, stride_vd, stride_ob, stride_om, stride_oh, stride_od,
-    stride_bb, stride_bh, stride_bm, stride_bn, stride_sb, stride_tb,
-    batch, heads, group, max_q, max_k, total_q, total_k, tiles, programs, section, left, right,
-    scale, softcap, threshold, keep_scale,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, VARLEN: tl.constexpr, KIND: tl.constexpr, LEFT: tl.constexpr,
-    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr, SINKS: tl.constexpr, DROPOUT: tl.constexpr,
-    BIAS_ALIGN: tl.constexpr, ALIGN: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
-    WIDE: tl.constexpr, STAGES: tl.constexpr,
+    q, k, v, out, lse, bias, slopes, sinks, cu_q, cu_k, lo, hi, rng, mailbox, stride_qb, stride_qm, stride_qh,
+    stride_qd, stride_kb, stride_kn, stride_kh, stride_kd, stride_vb, stride_vn, stride_vh, stride_vd, stride_ob,
+    stride_om, stride_oh, stride_od, stride_bb, stride_bh, stride_bm, stride_bn, stride_sb, stride_tb, batch, heads,
+    group, max_q, max_k, total_q, total_k, tiles, programs, section, left, right, scale, softcap, threshold,
+    keep_scale,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, VARLEN: tl.constexpr, KIND: tl.constexpr, LEFT: tl.constexpr, SOFTCAP: tl.constexpr,
+    ALIBI: tl.constexpr, BIAS: tl.constexpr, SINKS: tl.constexpr, DROPOUT: tl.constexpr, BIAS_ALIGN: tl.constexpr,
+    ALIGN: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr, WIDE: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     stride_qb, stride_qm, stride_qh = stride_qb * ALIGN, stride_qm * ALIGN, stride_qh * ALIGN
     stride_kb, stride_kn, stride_kh = stride_kb * ALIGN, stride_kn * ALIGN, stride_kh * ALIGN
@@ -171,22 +171,19 @@ def forward_kernel(
     start, full, partial, stop = split(begin_first, end_first, begin_last, end_last, BLOCK_N)
     if LEFT:
         o, l, m = _walk(
-            o, l, m, q_tile, start, full, k_ptrs, v_ptrs, bias_ptrs, stride_kn, stride_vn, stride_bn,
-            first_row, row, q_len, k_len, begin, end, scale, softcap, slope, bh, state, threshold,
-            BLOCK_M, BLOCK_N, D, DV, BLOCK_D, BLOCK_DV, SOFTCAP, ALIBI, BIAS, BIAS_ALIGN, DROPOUT, FOLD,
-            True, True, PRECISION, WIDEN, STAGES,
+            o, l, m, q_tile, start, full, k_ptrs, v_ptrs, bias_ptrs, stride_kn, stride_vn, stride_bn, first_row, row,
+            q_len, k_len, begin, end, scale, softcap, slope, bh, state, threshold, BLOCK_M, BLOCK_N, D, DV, BLOCK_D,
+            BLOCK_DV, SOFTCAP, ALIBI, BIAS, BIAS_ALIGN, DROPOUT, FOLD, True, True, PRECISION, WIDEN, STAGES,
         )  # fmt: skip
     o, l, m = _walk(
-        o, l, m, q_tile, full, partial, k_ptrs, v_ptrs, bias_ptrs, stride_kn, stride_vn, stride_bn,
-        first_row, row, q_len, k_len, begin, end, scale, softcap, slope, bh, state, threshold,
-        BLOCK_M, BLOCK_N, D, DV, BLOCK_D, BLOCK_DV, SOFTCAP, ALIBI, BIAS, BIAS_ALIGN, DROPOUT, FOLD,
-        False, False, PRECISION, WIDEN, STAGES,
+        o, l, m, q_tile, full, partial, k_ptrs, v_ptrs, bias_ptrs, stride_kn, stride_vn, stride_bn, first_row, row,
+        q_len, k_len, begin, end, scale, softcap, slope, bh, state, threshold, BLOCK_M, BLOCK_N, D, DV, BLOCK_D,
+        BLOCK_DV, SOFTCAP, ALIBI, BIAS, BIAS_ALIGN, DROPOUT, FOLD, False, False, PRECISION, WIDEN, STAGES,
     )  # fmt: skip
     o, l, m = _walk(
-        o, l, m, q_tile, partial, stop, k_ptrs, v_ptrs, bias_ptrs, stride_kn, stride_vn, stride_bn,
-        first_row, row, q_len, k_len, begin, end, scale, softcap, slope, bh, state, threshold,
-        BLOCK_M, BLOCK_N, D, DV, BLOCK_D, BLOCK_DV, SOFTCAP, ALIBI, BIAS, BIAS_ALIGN, DROPOUT, FOLD,
-        True, LEFT, PRECISION, WIDEN, STAGES,
+        o, l, m, q_tile, partial, stop, k_ptrs, v_ptrs, bias_ptrs, stride_kn, stride_vn, stride_bn, first_row, row,
+        q_len, k_len, begin, end, scale, softcap, slope, bh, state, threshold, BLOCK_M, BLOCK_N, D, DV, BLOCK_D,
+        BLOCK_DV, SOFTCAP, ALIBI, BIAS, BIAS_ALIGN, DROPOUT, FOLD, True, LEFT, PRECISION, WIDEN, STAGES,
     )  # fmt: skip
 
     o = o * (keep_scale / tl.where(l == 0.0, 1.0, l))[:, None]
@@ -201,14 +198,12 @@ def forward(problem: Problem, call: Call, out: Tensor | None = None) -> tuple[Te
     if out is None:
         out = torch.empty(problem.out_shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(problem.lse_shape, dtype=torch.float32, device=q.device)
-    tensors = (q, k, v, out, lse, *launch.extras(call))
+    tensors = (q, k, v, out, lse)
     launch.run(forward_kernel, problem, call, tensors, prepare, ())
     return out, lse
 
 
-def prepare(
-    problem: Problem, call: Call, tensors: tuple[Tensor, ...], variant: tuple[object, ...]
-) -> launch.Plan:
+def prepare(problem: Problem, call: Call, tensors: tuple[Tensor, ...], variant: tuple[object, ...]) -> launch.Plan:
     config = configs.forward(problem)
     tiles = max(1, triton.cdiv(problem.q_len, config.BLOCK_M))  # one, so that rows of no sequence are cleared
     programs = (problem.batch + problem.varlen) * problem.q_heads

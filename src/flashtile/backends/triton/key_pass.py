@@ -37,14 +37,13 @@ from flashtile.problem import Call, Problem
 
 @triton.jit
 def _walk_queries(
-    dk, dv_sum, k, v, start, stop, q_base, do_base, bias_ptrs, rows, dbias, slopes,
-    stride_qm, stride_qh, stride_qd, stride_ym, stride_yh, stride_yd, stride_bm, stride_bh, row_step, first_key, col, q_len, k_len, begin, end,
-    scale, softcap, bh, group, max_k, scratch, state, threshold, keep_scale,
+    dk, dv_sum, k, v, start, stop, q_base, do_base, bias_ptrs, rows, dbias, slopes, stride_qm, stride_qh, stride_qd,
+    stride_ym, stride_yh, stride_yd, stride_bm, stride_bh, row_step, first_key, col, q_len, k_len, begin, end, scale,
+    softcap, bh, group, max_k, scratch, state, threshold, keep_scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr, BIAS_ALIGN: tl.constexpr, DROPOUT: tl.constexpr,
-    DBIAS: tl.constexpr, GROUPED: tl.constexpr, MASKED: tl.constexpr, LEFT: tl.constexpr, PRECISION: tl.constexpr,
-    WIDEN: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_DV: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr, BIAS_ALIGN: tl.constexpr,
+    DROPOUT: tl.constexpr, DBIAS: tl.constexpr, GROUPED: tl.constexpr, MASKED: tl.constexpr, LEFT: tl.constexpr,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The query tiles from start to stop, of every grouped head, added to dk and dv; scores are [BLOCK_N, BLOCK_M]."""
     line = tl.arange(0, BLOCK_M)
@@ -106,17 +105,16 @@ def _walk_queries(
 @triton.jit(do_not_specialize=launch.RUNTIME)
 def keys_kernel(
     q, k, v, do, rows, dk, dv, dbias, first_rows, end_rows, bias, slopes, sinks, cu_q, cu_k, lo, hi, rng, mailbox,
-    stride_qb, stride_qm, stride_qh, stride_qd, stride_kb, stride_kn, stride_kh, stride_kd,
-    stride_vb, stride_vn, stride_vh, stride_vd, stride_yb, stride_ym, stride_yh, stride_yd,
-    stride_xb, stride_xn, stride_xh, stride_xd, stride_wb, stride_wn, stride_wh, stride_wd,
-    stride_bb, stride_bh, stride_bm, stride_bn, stride_sb, stride_tb,
+    stride_qb, stride_qm, stride_qh, stride_qd, stride_kb, stride_kn, stride_kh, stride_kd, stride_vb, stride_vn,
+    stride_vh, stride_vd, stride_yb, stride_ym, stride_yh, stride_yd, stride_xb, stride_xn, stride_xh, stride_xd,
+    stride_wb, stride_wn, stride_wh, stride_wd, stride_bb, stride_bh, stride_bm, stride_bn, stride_sb, stride_tb,
     batch, heads, group, max_q, max_k, total_q, total_k, padded, scratch, tiles, programs, section, left, right,
     scale, softcap, threshold, keep_scale,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, VARLEN: tl.constexpr, KIND: tl.constexpr, LEFT: tl.constexpr,
-    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr, DBIAS: tl.constexpr,
-    BIAS_ALIGN: tl.constexpr, ALIGN: tl.constexpr, GROUPED: tl.constexpr, PRECISION: tl.constexpr,
-    WIDEN: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, VARLEN: tl.constexpr, KIND: tl.constexpr, LEFT: tl.constexpr, SOFTCAP: tl.constexpr,
+    ALIBI: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr, DBIAS: tl.constexpr, BIAS_ALIGN: tl.constexpr,
+    ALIGN: tl.constexpr, GROUPED: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr, WIDE: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     stride_qb, stride_qm, stride_qh = stride_qb * ALIGN, stride_qm * ALIGN, stride_qh * ALIGN
     stride_kb, stride_kn, stride_kh = stride_kb * ALIGN, stride_kn * ALIGN, stride_kh * ALIGN
@@ -177,24 +175,27 @@ def keys_kernel(
     dv_tile = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     if KIND != "none":
         dk_tile, dv_tile = _walk_queries(
-            dk_tile, dv_tile, k_tile, v_tile, start, full, q, do, bias_ptrs, rows, dbias, slopes,
-            stride_qm, stride_qh, stride_qd, stride_ym, stride_yh, stride_yd, stride_bm, stride_bh, padded, first_key, col, q_len, k_len, begin, end,
-            scale, softcap, query_bh, group, max_k, scratch, state, threshold, keep_scale, BLOCK_M, BLOCK_N, D, DV, BLOCK_D,
-            BLOCK_DV, SOFTCAP, ALIBI, BIAS, BIAS_ALIGN, DROPOUT, DBIAS, GROUPED, True, LEFT, PRECISION, WIDEN, WIDE, STAGES,
+            dk_tile, dv_tile, k_tile, v_tile, start, full, q, do, bias_ptrs, rows, dbias, slopes, stride_qm,
+            stride_qh, stride_qd, stride_ym, stride_yh, stride_yd, stride_bm, stride_bh, padded, first_key, col,
+            q_len, k_len, begin, end, scale, softcap, query_bh, group, max_k, scratch, state, threshold, keep_scale,
+            BLOCK_M, BLOCK_N, D, DV, BLOCK_D, BLOCK_DV, SOFTCAP, ALIBI, BIAS, BIAS_ALIGN, DROPOUT, DBIAS, GROUPED,
+            True, LEFT, PRECISION, WIDEN, WIDE, STAGES,
         )  # fmt: skip
     # Rows past the end have weight 0, so without a left bound the walk needs no masked end.
     dk_tile, dv_tile = _walk_queries(
         dk_tile, dv_tile, k_tile, v_tile, full, partial if LEFT else stop, q, do, bias_ptrs, rows, dbias, slopes,
-        stride_qm, stride_qh, stride_qd, stride_ym, stride_yh, stride_yd, stride_bm, stride_bh, padded, first_key, col, q_len, k_len, begin, end,
-        scale, softcap, query_bh, group, max_k, scratch, state, threshold, keep_scale, BLOCK_M, BLOCK_N, D, DV, BLOCK_D,
-        BLOCK_DV, SOFTCAP, ALIBI, BIAS, BIAS_ALIGN, DROPOUT, DBIAS, GROUPED, False, False, PRECISION, WIDEN, WIDE, STAGES,
+        stride_qm, stride_qh, stride_qd, stride_ym, stride_yh, stride_yd, stride_bm, stride_bh, padded, first_key,
+        col, q_len, k_len, begin, end, scale, softcap, query_bh, group, max_k, scratch, state, threshold, keep_scale,
+        BLOCK_M, BLOCK_N, D, DV, BLOCK_D, BLOCK_DV, SOFTCAP, ALIBI, BIAS, BIAS_ALIGN, DROPOUT, DBIAS, GROUPED, False,
+        False, PRECISION, WIDEN, WIDE, STAGES,
     )  # fmt: skip
     if LEFT:
         dk_tile, dv_tile = _walk_queries(
-            dk_tile, dv_tile, k_tile, v_tile, partial, stop, q, do, bias_ptrs, rows, dbias, slopes,
-            stride_qm, stride_qh, stride_qd, stride_ym, stride_yh, stride_yd, stride_bm, stride_bh, padded, first_key, col, q_len, k_len, begin, end,
-            scale, softcap, query_bh, group, max_k, scratch, state, threshold, keep_scale, BLOCK_M, BLOCK_N, D, DV, BLOCK_D,
-            BLOCK_DV, SOFTCAP, ALIBI, BIAS, BIAS_ALIGN, DROPOUT, DBIAS, GROUPED, True, LEFT, PRECISION, WIDEN, WIDE, STAGES,
+            dk_tile, dv_tile, k_tile, v_tile, partial, stop, q, do, bias_ptrs, rows, dbias, slopes, stride_qm,
+            stride_qh, stride_qd, stride_ym, stride_yh, stride_yd, stride_bm, stride_bh, padded, first_key, col,
+            q_len, k_len, begin, end, scale, softcap, query_bh, group, max_k, scratch, state, threshold, keep_scale,
+            BLOCK_M, BLOCK_N, D, DV, BLOCK_D, BLOCK_DV, SOFTCAP, ALIBI, BIAS, BIAS_ALIGN, DROPOUT, DBIAS, GROUPED,
+            True, LEFT, PRECISION, WIDEN, WIDE, STAGES,
         )  # fmt: skip
     dk_ptrs = dk + b * stride_xb + at * stride_xn + offsets(lane[:, None], d[None, :], stride_xn, stride_xd)
     dv_ptrs = dv + b * stride_wb + at * stride_wn + offsets(lane[:, None], vd[None, :], stride_wn, stride_wd)

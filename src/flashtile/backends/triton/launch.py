@@ -7,6 +7,7 @@ problem, the strides and the alignment, so it is worked out once and kept.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -57,21 +58,31 @@ def run(
     prepare: Callable[[Problem, Call, tuple[Tensor, ...], tuple[object, ...]], Plan],
     variant: tuple[object, ...] = (),
 ) -> None:
-    """Launches `kernel` on `tensors`, its leading arguments; `prepare` makes the rest where this call is a new kind.
+    """Launches `kernel` on `tensors` and the call's `extras`; `prepare` makes the rest for a call of a new kind.
 
     variant: what `prepare` needs to know beyond the problem and the tensors' strides.
     """
+    q = tensors[0]
+    address = q.data_ptr()
     addresses = [tensor.data_ptr() for tensor in tensors]
     combined = 0
-    for address in addresses:
-        combined |= address
-    alignment = combined & 15 and tuple(address & 15 == 0 for address in addresses)
-    device = tensors[0].device.index
+    for value in addresses:
+        combined |= value
+    steps = [tensor.stride() for tensor in tensors]
+    for extra in (*call[3:11], _mailbox(call)):
+        if extra is None:
+            addresses.append(address)
+        else:
+            addresses.append(extra.data_ptr())
+            combined |= addresses[-1]
+            steps.append(extra.stride())
+    alignment = combined & 15 and tuple(value & 15 == 0 for value in addresses)
+    device = q.device.index
     precision = float32_precision(problem) if problem.dtype == torch.float32 else None
-    key = (id(kernel), problem, variant, device, alignment, precision, *[tensor.stride() for tensor in tensors])
+    key = (id(kernel), problem, variant, device, alignment, precision, *steps)
     ready = _ready.get(key)
     if ready is None:
-        _launch_first(kernel, key, prepare(problem, call, tensors, variant), tensors)
+        _launch_first(kernel, key, prepare(problem, call, tensors, variant), (*tensors, *extras(call)))
     elif device == torch.cuda.current_device():
         _launch_again(ready, device, addresses)
     else:
@@ -90,7 +101,7 @@ def _launch_first(kernel: Any, key: tuple[Any, ...], plan: Plan, tensors: tuple[
     """Through Triton's own launch, which compiles; then keep what a repeated launch needs."""
     names = kernel.arg_names[len(tensors) :]
     tail = tuple(plan.values[name] for name in names)
-    with torch.cuda.device(tensors[0].device) if tensors[0].is_cuda else _nothing():
+    with torch.cuda.device(tensors[0].device) if tensors[0].is_cuda else nullcontext():
         compiled = kernel[(plan.programs,)](*tensors, **dict(zip(names, tail, strict=True)), **plan.config.options)
     if not tensors[0].is_cuda:  # the interpreter compiles nothing
         return
@@ -99,25 +110,16 @@ def _launch_first(kernel: Any, key: tuple[Any, ...], plan: Plan, tensors: tuple[
     _ready[key] = _Ready(compiled.run, compiled.function, compiled.packed_metadata, plan.programs, tail)
 
 
-class _nothing:
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *_: object) -> None: ...
-
-
 def extras(call: Call) -> tuple[Tensor, ...]:
     """bias, slopes, sinks, cu_q, cu_k, lo, hi, rng, mailbox; q stands in for the absent ones, which nobody reads."""
-    q = call.q
-    tensors = (
-        call.bias, call.alibi_slopes, call.sinks, call.cu_seqlens_q, call.cu_seqlens_k, call.lo, call.hi, call.rng,
-        None if call.cu_seqlens_q is None else mailbox.of(q.device),
-    )  # fmt: skip
-    return tuple(q if tensor is None else tensor for tensor in tensors)
+    return tuple(call.q if tensor is None else tensor for tensor in (*call[3:11], _mailbox(call)))
 
 
-def strides(
-    problem: Problem, call: Call, dense: dict[str, Tensor], biases: dict[str, Tensor | None]
-) -> dict[str, Any]:
+def _mailbox(call: Call) -> Tensor | None:
+    return None if call.cu_seqlens_q is None else mailbox.of(call.q.device)
+
+
+def strides(problem: Problem, call: Call, dense: dict[str, Tensor], biases: dict[str, Tensor | None]) -> dict[str, Any]:
     """Every stride of a kernel's tensors by its name, stride_qb and so on, with what is known of them.
 
     dense: tensors (batch, rows, heads, dim) by the letter that names their strides; packed sequences have no batch

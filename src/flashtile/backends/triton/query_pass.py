@@ -10,7 +10,6 @@ here too.
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -40,14 +39,13 @@ from flashtile.problem import Call, Problem
 
 @triton.jit
 def _walk_keys(
-    dq, row_sum, q, do, lse, delta, start, stop, k_ptrs, v_ptrs, bias_ptrs, dbias_ptrs,
-    stride_kn, stride_vn, stride_bn, stride_gn, first_row, row, q_len, k_len, begin, end, scale, softcap, slope, bh, state,
-    threshold, keep_scale,
+    dq, row_sum, q, do, lse, delta, start, stop, k_ptrs, v_ptrs, bias_ptrs, dbias_ptrs, stride_kn, stride_vn,
+    stride_bn, stride_gn, first_row, row, q_len, k_len, begin, end, scale, softcap, slope, bh, state, threshold,
+    keep_scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr, BIAS_ALIGN: tl.constexpr, DROPOUT: tl.constexpr,
-    DBIAS: tl.constexpr, MASKED: tl.constexpr, LEFT: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
-    STAGES: tl.constexpr,
+    BLOCK_DV: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr, BIAS_ALIGN: tl.constexpr,
+    DROPOUT: tl.constexpr, DBIAS: tl.constexpr, MASKED: tl.constexpr, LEFT: tl.constexpr, PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The key tiles from start to stop added to dq (and to the row sums of dS, for a bias that is one per row)."""
     line = tl.arange(0, BLOCK_M)
@@ -91,17 +89,16 @@ def _walk_keys(
 @triton.jit(do_not_specialize=launch.RUNTIME)
 def queries_kernel(
     q, k, v, out, do, lse, dlse, rows, dq, dbias, dsinks, bias, slopes, sinks, cu_q, cu_k, lo, hi, rng, mailbox,
-    stride_qb, stride_qm, stride_qh, stride_qd, stride_kb, stride_kn, stride_kh, stride_kd,
-    stride_vb, stride_vn, stride_vh, stride_vd, stride_ob, stride_om, stride_oh, stride_od,
-    stride_yb, stride_ym, stride_yh, stride_yd, stride_xb, stride_xm, stride_xh, stride_xd,
-    stride_bb, stride_bh, stride_bm, stride_bn, stride_gb, stride_gh, stride_gm, stride_gn, stride_sb, stride_tb,
-    batch, heads, group, max_q, max_k, total_q, total_k, padded, scratch, tiles, programs, section, left, right,
-    scale, softcap, threshold, keep_scale,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, VARLEN: tl.constexpr, KIND: tl.constexpr, LEFT: tl.constexpr,
-    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr, SINKS: tl.constexpr, DROPOUT: tl.constexpr,
-    BIAS_ALIGN: tl.constexpr, ALIGN: tl.constexpr, DBIAS: tl.constexpr, DLSE: tl.constexpr, PRECISION: tl.constexpr,
-    WIDEN: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr,
+    stride_qb, stride_qm, stride_qh, stride_qd, stride_kb, stride_kn, stride_kh, stride_kd, stride_vb, stride_vn,
+    stride_vh, stride_vd, stride_ob, stride_om, stride_oh, stride_od, stride_yb, stride_ym, stride_yh, stride_yd,
+    stride_xb, stride_xm, stride_xh, stride_xd, stride_bb, stride_bh, stride_bm, stride_bn, stride_gb, stride_gh,
+    stride_gm, stride_gn, stride_sb, stride_tb, batch, heads, group, max_q, max_k, total_q, total_k, padded, scratch,
+    tiles, programs, section, left, right, scale, softcap, threshold, keep_scale,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, VARLEN: tl.constexpr, KIND: tl.constexpr, LEFT: tl.constexpr, SOFTCAP: tl.constexpr,
+    ALIBI: tl.constexpr, BIAS: tl.constexpr, SINKS: tl.constexpr, DROPOUT: tl.constexpr, BIAS_ALIGN: tl.constexpr,
+    ALIGN: tl.constexpr, DBIAS: tl.constexpr, DLSE: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    WIDE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     stride_qb, stride_qm, stride_qh = stride_qb * ALIGN, stride_qm * ALIGN, stride_qh * ALIGN
     stride_kb, stride_kn, stride_kh = stride_kb * ALIGN, stride_kn * ALIGN, stride_kh * ALIGN
@@ -133,7 +130,9 @@ def queries_kernel(
     d = span(BLOCK_D, WIDE)
     dv = span(BLOCK_DV, WIDE)
     at = (q_start + first_row).to(tl.int64)
-    q_ptrs = q + b * stride_qb + h * stride_qh + at * stride_qm + offsets(line[:, None], d[None, :], stride_qm, stride_qd)
+    q_ptrs = (
+        q + b * stride_qb + h * stride_qh + at * stride_qm + offsets(line[:, None], d[None, :], stride_qm, stride_qd)
+    )
     do_ptrs = do + b * stride_yb + h * stride_yh + at * stride_ym
     do_ptrs += offsets(line[:, None], dv[None, :], stride_ym, stride_yd)
     o_ptrs = out + b * stride_ob + h * stride_oh + at * stride_om
@@ -179,21 +178,21 @@ def queries_kernel(
     if LEFT:
         dq_tile, row_sum = _walk_keys(
             dq_tile, row_sum, q_tile, do_tile, lse_row, delta, start, full, k_ptrs, v_ptrs, bias_ptrs, dbias_ptrs,
-            stride_kn, stride_vn, stride_bn, stride_gn, first_row, row, q_len, k_len, begin, end, scale, softcap, slope, bh, state,
-            threshold, keep_scale, BLOCK_M, BLOCK_N, D, DV, BLOCK_D, BLOCK_DV, SOFTCAP, ALIBI, BIAS, BIAS_ALIGN, DROPOUT, DBIAS,
-            True, True, PRECISION, WIDEN, STAGES,
+            stride_kn, stride_vn, stride_bn, stride_gn, first_row, row, q_len, k_len, begin, end, scale, softcap,
+            slope, bh, state, threshold, keep_scale, BLOCK_M, BLOCK_N, D, DV, BLOCK_D, BLOCK_DV, SOFTCAP, ALIBI, BIAS,
+            BIAS_ALIGN, DROPOUT, DBIAS, True, True, PRECISION, WIDEN, STAGES,
         )  # fmt: skip
     dq_tile, row_sum = _walk_keys(
         dq_tile, row_sum, q_tile, do_tile, lse_row, delta, full, partial, k_ptrs, v_ptrs, bias_ptrs, dbias_ptrs,
-        stride_kn, stride_vn, stride_bn, stride_gn, first_row, row, q_len, k_len, begin, end, scale, softcap, slope, bh, state,
-        threshold, keep_scale, BLOCK_M, BLOCK_N, D, DV, BLOCK_D, BLOCK_DV, SOFTCAP, ALIBI, BIAS, BIAS_ALIGN, DROPOUT, DBIAS,
-        False, False, PRECISION, WIDEN, STAGES,
+        stride_kn, stride_vn, stride_bn, stride_gn, first_row, row, q_len, k_len, begin, end, scale, softcap, slope,
+        bh, state, threshold, keep_scale, BLOCK_M, BLOCK_N, D, DV, BLOCK_D, BLOCK_DV, SOFTCAP, ALIBI, BIAS,
+        BIAS_ALIGN, DROPOUT, DBIAS, False, False, PRECISION, WIDEN, STAGES,
     )  # fmt: skip
     dq_tile, row_sum = _walk_keys(
         dq_tile, row_sum, q_tile, do_tile, lse_row, delta, partial, stop, k_ptrs, v_ptrs, bias_ptrs, dbias_ptrs,
-        stride_kn, stride_vn, stride_bn, stride_gn, first_row, row, q_len, k_len, begin, end, scale, softcap, slope, bh, state,
-        threshold, keep_scale, BLOCK_M, BLOCK_N, D, DV, BLOCK_D, BLOCK_DV, SOFTCAP, ALIBI, BIAS, BIAS_ALIGN, DROPOUT, DBIAS,
-        True, LEFT, PRECISION, WIDEN, STAGES,
+        stride_kn, stride_vn, stride_bn, stride_gn, first_row, row, q_len, k_len, begin, end, scale, softcap, slope,
+        bh, state, threshold, keep_scale, BLOCK_M, BLOCK_N, D, DV, BLOCK_D, BLOCK_DV, SOFTCAP, ALIBI, BIAS,
+        BIAS_ALIGN, DROPOUT, DBIAS, True, LEFT, PRECISION, WIDEN, STAGES,
     )  # fmt: skip
     if DBIAS == "row":
         tl.store(dbias + (b * heads + h) * max_q + row, row_sum, mask=row < q_len)

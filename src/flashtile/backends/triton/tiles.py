@@ -140,7 +140,7 @@ def load_tile(pointers, line, lines, column, COLUMNS: tl.constexpr, EVEN: tl.con
 
 @triton.jit
 def load_bias(pointers, row, q_len, col, k_len, ALIGN: tl.constexpr):
-    """A tile of the bias. Where its rows are multiples of ALIGN elements so is k_len, and saying so keeps loads wide."""
+    """A tile of the bias. Where its rows are multiples of ALIGN elements so is k_len; saying so keeps loads wide."""
     return tl.load(pointers, mask=(row < q_len) & (col < k_len // ALIGN * ALIGN), other=0.0)
 
 
@@ -164,7 +164,7 @@ def dot_add(a, b, accumulator, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
 
 @triton.jit
 def tanh(x, KIND: tl.constexpr):
-    """"exact": 1 - 2 / (exp(2x) + 1), within a rounding or two; "fast": one instruction, relative error 2**-11."""
+    """ "exact": 1 - 2 / (exp(2x) + 1), within a rounding or two; "fast": one instruction, relative error 2**-11."""
     if KIND == "fast":
         return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
     return 1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2E)) + 1.0)
@@ -216,7 +216,7 @@ def random_state(rng, DROPOUT: tl.constexpr):
 def keep(first_row, line, first_col, lane, batch_head, state, threshold):
     """Which elements of a tile dropout keeps (flashtile.dropout says how).
 
-    The tile starts at (first_row, first_col), multiples of its size; line and lane count from there and broadcast to it.
+    The tile starts at (first_row, first_col), multiples of its size; line and lane count from there, broadcast to it.
     The counters of eight elements in one thread are equal, and the compiler computes equal values once. To see that
     they are, it needs an index taken apart into the bits that differ between threads and those that do not.
     """

@@ -63,6 +63,11 @@ def test_each_command_has_help_and_json(command: str) -> None:
         (["explain", "q=1,64,1,8", "--backend", "abacus"], "backend: got 'abacus'"),
         (["explain", "q=1,64,1,8", "--device", "cuda", "--capability", "nine"], "--capability: got 'nine'"),
         (["explain", "q=1,64,1,8", "--device", "cpu", "--capability", "9.0"], "--capability: got '9.0' with"),
+        (
+            ["explain", "q=1,64,1,8", "--device", "cpu", "--compile", "sm_90"],
+            "--compile: got a call that the backend blocked",
+        ),
+        (["explain", "q=1,64,1,8", "--device", "cuda", "--compile", "z80"], "--compile: got 'z80'"),
         (["explain", "q=1,64,1,8", "--fast-memory", "0"], "--fast-memory: got 0"),
         (["explain", "q=1,64,1,8", "--device", "cuda", "--copy-gbps", "-1"], "--copy-gbps"),
         (["explain", "q=1,64,1,8", "--dropout", "2"], "dropout_p: got 2.0"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from typing import Any
@@ -136,7 +137,7 @@ def test_one_subprocess_run() -> None:
         capture_output=True,
         text=True,
         timeout=120,
-        env={"TRITON_INTERPRET": "0"},
+        env={**os.environ, "TRITON_INTERPRET": "0"},
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Triton runs there only in its interpreter" in " ".join(done.stdout.split())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from typing import Any
@@ -151,10 +152,23 @@ def test_a_call_that_nobody_serves_exits_with_1() -> None:
     assert "no backend serves this call" in text.output
 
 
-def test_one_subprocess_run_with_its_picture() -> None:
+def test_one_subprocess_run_with_its_picture_and_registers() -> None:
+    """Compiling is what a process without the interpreter can do."""
     done = subprocess.run(
-        [sys.executable, "-m", "flashtile", "explain", *CALL, "--causal"], capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "flashtile", "explain", *CALL, "--causal", "--compile", "sm_90"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "TRITON_INTERPRET": "0"},
     )
     assert done.returncode == 0, done.stderr
-    for part in ("triton  chosen", "██▒▒··", "standard", "FlashAttention-1", "each tensor once", "bound by compute"):
+    for part in (
+        "triton  chosen",
+        "██▒▒··",
+        "standard",
+        "FlashAttention-1",
+        "each tensor once",
+        "bound by compute",
+        "registers",
+    ):
         assert part in done.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,7 +12,7 @@ from flashtile.api import combine
 from flashtile.cli import costs, limits, machine
 from flashtile.cli.console import Result, UsageError, integers
 from flashtile.cli.explain_view import show
-from flashtile.cli.kernels import Kernel, kernels_of
+from flashtile.cli.kernels import Kernel, kernels_of, resources_of
 from flashtile.cli.options import argument, option
 from flashtile.cli.tiles import Tiling
 from flashtile.problem import Call, Problem, default_scale
@@ -51,6 +52,7 @@ class Options:
     device: str | None = option(None, "cuda, cpu, ...; default: the accelerator if there is one.")
     capability: str | None = option(None, "Compute capability of the CUDA device; default: this machine's, else 9.0.")
     backend: str | None = option(None, "triton, blocked or reference; default: the first that serves the call.")
+    compile: str | None = option(None, "Also compile the Triton kernels, for sm_80, sm_90, gfx942, ...; needs no GPU.")
     matmul_tflops: float | None = option(None, "The machine's matrix speed; default: an H100's, of a CPU measured.")
     copy_gbps: float | None = option(None, "The machine's copy speed, read and written; default: as above.")
     fast_memory: int = option(192, "KiB of fast memory that FlashAttention-1 sizes its tiles by (an A100's per SM).")
@@ -71,12 +73,15 @@ def run(options: Options) -> Result:
     lo, hi = traffic.interval_of_rows(_head(problem, mask, 1, 1))
     pairs = _pairs(problem, lo, hi)
     kernels = [] if backend is None else kernels_of(problem, backend)
+    needs = {} if options.compile is None else _resources(options.compile, problem, backend, kernels)
     result: Result = {
         "ok": backend is not None,
         "problem": str(problem),
         "backend": backend,
         "backends": reasons,
-        "kernels": [_kernel(problem, kernel, lo, hi) for kernel in kernels],
+        "kernels": [
+            {**_kernel(problem, kernel, lo, hi), "resources": needs.get(kernel.compiled_as or "")} for kernel in kernels
+        ],
         "visible_share": pairs / max(1, problem.q_len * problem.k_len),
         "flops": {},
         "traffic": _traffic(problem, options, mask, kernels),
@@ -89,6 +94,18 @@ def run(options: Options) -> Result:
         result["bound"][mode] = _bound(result, mode, speeds)
     result["limits"] = {**speeds.as_dict(), "source": source}
     return result
+
+
+def _resources(target: str, problem: Problem, backend: str | None, kernels: list[Kernel]) -> dict[str, Result]:
+    """What each kernel takes of the target."""
+    if backend != "triton":
+        raise UsageError(f"--compile: got a call that the backend {backend} serves, expected triton")
+    if not re.fullmatch(r"sm_\d+|gfx\w+", target):
+        raise UsageError(f"--compile: got {target!r}, expected a target such as sm_90 or gfx942")
+    try:
+        return resources_of(problem, kernels, target)
+    except ValueError as error:
+        raise UsageError(f"--compile: {error}") from None
 
 
 def _shapes(words: list[str]) -> dict[str, tuple[int, ...]]:

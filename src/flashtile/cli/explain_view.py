@@ -44,6 +44,11 @@ def _tiles(kernels: list[Result]) -> Group:
         settings = ", ".join(f"{key} {value}" for key, value in kernel["settings"].items())
         programs = f"{number(kernel['programs'])} programs"
         lines.append(Text(f"{kernel['name']}: {', '.join(filter(None, (programs, settings)))}"))
+        if kernel["resources"] is not None:
+            needs = kernel["resources"]
+            spilled = f"{needs['spills']} bytes spilled" if needs["spills"] else "no spills"
+            memory = f"{size(needs['shared'])} shared memory"
+            lines.append(Text(f"  {needs['registers']} registers, {spilled}, {memory}", style="dim"))
     lines.append(Text(f"tiles a head: {counts['full']} full, {counts['partial']} partial, {counts['skipped']} skipped"))
     for row in first["picture"]:
         line = Text()

@@ -14,7 +14,8 @@ class Kernel:
 
     mode: forward or backward. block_m: query rows of one head in a tile; block_n: keys. by_keys: a program holds a tile
     of keys and walks over queries, else the other way round. shares_keys: a program serves all query heads of a
-    key-value head. adds_dq: dq is accumulated in slow memory. dense: the whole score matrix is stored.
+    key-value head. adds_dq: dq is accumulated in slow memory. dense: the whole score matrix is stored. compiled_as: its
+    name where Triton kernels are compiled.
     """
 
     name: str
@@ -25,6 +26,7 @@ class Kernel:
     shares_keys: bool = False
     adds_dq: bool = False
     dense: bool = False
+    compiled_as: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
 
 
@@ -36,15 +38,40 @@ def kernels_of(problem: Problem, backend: str) -> list[Kernel]:
 def _triton(problem: Problem) -> list[Kernel]:
     from flashtile.backends.triton import configs
 
-    def kernel(name: str, mode: str, config: configs.Config, **facts: bool) -> Kernel:
-        settings = {key: value for key, value in asdict(config).items() if not key.startswith("BLOCK_")}
-        return Kernel(name, mode, config.BLOCK_M, config.BLOCK_N, settings=settings, **facts)
+    def kernel(compiled_as: str, config: configs.Config) -> Kernel:
+        by_keys = compiled_as == "keys"
+        return Kernel(
+            {"forward": "forward", "queries": "backward, dq", "keys": "backward, dk and dv"}[compiled_as],
+            "forward" if compiled_as == "forward" else "backward",
+            config.BLOCK_M,
+            config.BLOCK_N,
+            by_keys=by_keys,
+            shares_keys=by_keys,
+            compiled_as=compiled_as,
+            settings={key: value for key, value in asdict(config).items() if not key.startswith("BLOCK_")},
+        )
 
     return [
-        kernel("forward", "forward", configs.forward(problem)),
-        kernel("backward, dq", "backward", configs.backward_queries(problem)),
-        kernel("backward, dk and dv", "backward", configs.backward_keys(problem), by_keys=True, shares_keys=True),
+        kernel("forward", configs.forward(problem)),
+        kernel("queries", configs.backward_queries(problem)),
+        kernel("keys", configs.backward_keys(problem)),
     ]
+
+
+def resources_of(problem: Problem, kernels: list[Kernel], target: str) -> dict[str, dict[str, int]]:
+    """Registers and spilled bytes of a thread and bytes of shared memory of each kernel, compiled for a target.
+
+    Raises ValueError where Triton cannot compile here.
+    """
+    import triton
+
+    if triton.knobs.runtime.interpret:
+        raise ValueError("Triton runs in its interpreter (TRITON_INTERPRET) and compiles nothing")
+    from flashtile.backends.triton import compile as compiler
+
+    found = compiler.resources(problem, target)
+    names = (kernel.compiled_as for kernel in kernels)
+    return {name: found[name]._asdict() for name in names if name is not None}
 
 
 def _blocked(problem: Problem) -> list[Kernel]:

@@ -135,6 +135,8 @@ def test_json_is_strict() -> None:
     [
         (console.size(1536), "1.5 KiB"),
         (console.size(3 * 2**40), "3 TiB"),
+        (console.size(1023 * 2**20), "1023 MiB"),
+        (console.number(999_900), "1 M"),
         (console.number(137438953472), "137 G"),
         (console.milliseconds(0.0213), "21.3 us"),
         (console.milliseconds(12.3), "12.3 ms"),

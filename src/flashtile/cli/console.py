@@ -65,7 +65,7 @@ def size(count: float) -> str:
     """A number of bytes in words: 1536 -> '1.5 KiB'."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(count) < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+            return f"{count:.0f} {unit}" if unit == "B" or abs(count) >= 100 else f"{count:.3g} {unit}"
         count /= 1024
     return f"{count:.4g} TiB"
 
@@ -73,7 +73,7 @@ def size(count: float) -> str:
 def number(count: float) -> str:
     """A large count in words: 137438953472 -> '137 G'."""
     for unit in ("", " k", " M", " G", " T", " P"):
-        if abs(count) < 1000:
+        if abs(count) < 999.5:  # rounds to three digits
             return f"{count:.3g}{unit}"
         count /= 1000
     return f"{count:.3g} E"

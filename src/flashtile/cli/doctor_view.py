@@ -29,8 +29,8 @@ def show(result: Result) -> None:
     if not result["mismatches"]:
         screen.print("[green]ok[/]  the versions fit together")
     screen.print()
-    for device, backends in result["serves"].items():
-        _print_backends(screen, device, backends)
+    screen.print(_backends(result["serves"]))
+    screen.print()
     screen.print(_runs(result["runs"]))
     screen.print("[bold green]all is well[/]" if result["ok"] else "[bold red]something does not work[/]")
 
@@ -42,21 +42,20 @@ def _details(device: Result) -> str:
         parts.append(f"{device['processors']} processors")
         parts.append(f"driver {device['driver'] or 'unknown'}")
     if "cores" in device:
-        parts.append(f"{device['cores']} cores, {device['threads']} threads used, {device['vector']}")
+        parts.append(f"{device['cores']} cores, threads used: {device['threads']}, {device['vector']}")
     if device.get("memory_bytes"):
         parts.append(size(device["memory_bytes"]))
     return "".join(f", {part}" for part in parts)
 
 
-def _print_backends(screen: Console, device: str, backends: Result) -> None:
-    for name, refusals in backends.items():
-        screen.print(f"[bold]{device} {name}[/]  ", end="")
-        if not refusals:
-            screen.print("[green]serves every call[/]")
-            continue
-        for index, (sentence, requests) in enumerate(refusals.items()):
-            indent = " " * (len(device) + len(name) + 3) if index else ""
-            screen.print(f"{indent}not {_summary(requests)}: {sentence}", markup=False, highlight=False)
+def _backends(serves: dict[str, Result]) -> Table:
+    table = Table.grid(padding=(0, 2, 0, 0))
+    for device, backends in serves.items():
+        for name, refusals in backends.items():
+            lines = [f"not {_summary(requests)}: {sentence}" for sentence, requests in refusals.items()]
+            answer = Text("\n".join(lines)) if lines else Text("serves every call", style="green")
+            table.add_row(device, Text(name, style="bold"), answer)
+    return table
 
 
 def _summary(requests: list[str]) -> str:

@@ -1,8 +1,16 @@
-"""Tile sizes: a short table, first match wins; every row says why."""
+"""Tile sizes: one short table a kernel, first match wins, every row with its reason.
+
+A row serves a family of devices, a size of dtype, head dims up to a limit and calls up to a weight. The families are
+"hopper" (compute capability 9 and 10: 227 KB of shared memory, asynchronous tensor cores) and "any" (every other
+device; at most 64 KB, which AMD's has). The weight of a call counts what costs registers: dropout, an additive bias,
+softcap. No row spills a register on the targets that tests/test_binaries.py compiles for; a larger tile that was
+faster but spilled is named in docs/kernels/triton.md.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from flashtile.problem import Problem
 
@@ -22,27 +30,107 @@ class Config:
             if value < 1 or value & (value - 1):
                 raise ValueError(f"{name}: got {value}, expected a power of two")
         if self.BLOCK_M < 16 or self.BLOCK_N < 16:
-            raise ValueError(
-                f"tile: got {self.BLOCK_M} x {self.BLOCK_N}, expected at least 16 x 16 for the dropout mask"
-            )
+            raise ValueError(f"tile: got {self.BLOCK_M} x {self.BLOCK_N}, expected at least 16 x 16")
 
     @property
     def options(self) -> dict[str, int | bool]:
-        """Triton's compile options; fused multiply-adds are asked for, since Triton 3.10 no longer makes them by itself."""
+        """Triton's compile options; multiply-adds are fused explicitly, since Triton 3.10 stops doing so by default."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
 
 
+class Row(NamedTuple):
+    """A config for a family, bytes of dtype, head dims up to max_dim and calls up to max_weight."""
+
+    family: str
+    itemsize: int
+    max_dim: int
+    max_weight: int
+    config: Config
+
+
+FORWARD = (
+    Row("hopper", 2, 64, 3, Config(64, 64, 4, 3)),  # H100 causal: 428 TFLOP/s, 128 x 64 with 8 warps 370
+    Row("hopper", 2, 128, 0, Config(128, 128, 8, 3)),  # H100 causal: 425, 64 x 64 363, 128 x 64 355
+    Row("hopper", 2, 128, 1, Config(128, 64, 8, 3)),  # dropout 286, bias 319; 128 x 128 spills
+    Row("hopper", 2, 128, 3, Config(64, 32, 4, 2)),
+    Row("hopper", 2, 256, 0, Config(64, 64, 8, 2)),
+    Row("hopper", 2, 256, 3, Config(32, 32, 4, 2)),
+    Row("any", 2, 64, 3, Config(64, 32, 4, 2)),
+    Row("any", 2, 128, 3, Config(64, 32, 4, 2)),
+    Row("any", 2, 256, 3, Config(32, 32, 4, 1)),
+    Row("any", 4, 128, 3, Config(32, 16, 4, 1)),
+    Row("any", 4, 256, 3, Config(16, 16, 4, 1)),
+)
+
+QUERIES = (
+    Row("hopper", 2, 64, 3, Config(64, 64, 4, 3)),  # H100 causal: 540, 128 x 64 with 8 warps 523
+    Row("hopper", 2, 128, 1, Config(128, 64, 8, 3)),  # H100 causal: 463, dropout 374, 64 x 64 spills
+    Row("hopper", 2, 128, 3, Config(64, 32, 8, 2)),
+    Row("hopper", 2, 256, 3, Config(64, 32, 8, 1)),
+    Row("any", 2, 64, 3, Config(64, 32, 4, 2)),
+    Row("any", 2, 128, 3, Config(64, 32, 8, 1)),
+    Row("any", 2, 256, 3, Config(32, 32, 8, 1)),
+    Row("any", 4, 128, 3, Config(32, 16, 4, 1)),
+    Row("any", 4, 256, 3, Config(16, 16, 4, 1)),
+)
+
+KEYS = (
+    Row("hopper", 2, 64, 0, Config(64, 64, 4, 3)),  # H100 causal: 546, 32 x 64 468
+    Row("hopper", 2, 64, 3, Config(32, 64, 4, 3)),  # 64 x 64 spills with dropout
+    Row("hopper", 2, 128, 1, Config(32, 128, 8, 3)),  # H100 causal: 500; 64 x 128 gave 578 and spills
+    Row("hopper", 2, 128, 3, Config(32, 64, 8, 2)),
+    Row("hopper", 2, 256, 3, Config(32, 32, 8, 1)),
+    Row("any", 2, 64, 3, Config(32, 64, 4, 2)),
+    Row("any", 2, 128, 3, Config(32, 64, 8, 1)),
+    Row("any", 2, 256, 3, Config(16, 32, 8, 1)),
+    Row("any", 4, 128, 3, Config(16, 32, 8, 1)),
+    Row("any", 4, 256, 3, Config(16, 16, 4, 1)),
+)
+
+BIAS = (
+    Row("hopper", 2, 128, 3, Config(64, 64, 8, 2)),
+    Row("any", 2, 128, 3, Config(64, 32, 4, 1)),
+    Row("any", 2, 256, 3, Config(32, 32, 4, 1)),
+    Row("any", 4, 128, 3, Config(32, 32, 4, 1)),
+    Row("any", 4, 256, 3, Config(16, 16, 4, 1)),
+)
+
+
 def forward(problem: Problem) -> Config:
-    return Config(64, 64, 4, 2)
+    """Tiles of the forward kernel."""
+    return _pick(FORWARD, problem)
 
 
 def backward_queries(problem: Problem) -> Config:
-    return Config(64, 64, 4, 2)
+    """Tiles of the backward's pass over query tiles; BLOCK_M is a multiple of that of `backward_keys`."""
+    return _pick(QUERIES, problem)
 
 
 def backward_keys(problem: Problem) -> Config:
-    return Config(64, 64, 4, 2)
+    """Tiles of the backward's pass over key tiles."""
+    return _pick(KEYS, problem)
 
 
 def backward_bias(problem: Problem) -> Config:
-    return Config(64, 64, 4, 2)
+    """Tiles of the gradient of a bias that several batches or heads share."""
+    return _pick(BIAS, problem)
+
+
+def _pick(rows: tuple[Row, ...], problem: Problem) -> Config:
+    dim = max(problem.qk_dim, problem.v_dim)
+    hopper = problem.capability is not None and problem.capability[0] in (9, 10)
+    families = ("hopper", "any") if hopper else ("any",)
+    needed = (problem.dtype.itemsize, dim, weight(problem))
+    for row in rows:
+        if row.family in families and _serves(row, *needed):
+            return row.config
+    raise LookupError(f"no tile sizes for {problem}: the last rows of each table must serve every problem")
+
+
+def _serves(row: Row, itemsize: int, dim: int, heaviness: int) -> bool:
+    return row.itemsize == itemsize and dim <= row.max_dim and heaviness <= row.max_weight
+
+
+def weight(problem: Problem) -> int:
+    """How many of dropout, an additive bias and softcap the problem has."""
+    return (problem.dropout_p > 0) + (problem.bias == "additive") + (problem.softcap > 0)

@@ -13,9 +13,11 @@ from typer.testing import CliRunner
 
 from flashtile import dispatch, execution
 from flashtile.backends import blocked
+from flashtile.cli import verify
 from flashtile.cli.commands import app
 from flashtile.cli.random_cases import random_case
 from flashtile.problem import Problem
+from flashtile.testing import Case
 
 FEW = ["verify", "--case", "gqa,sinks-causal,bias-heads", "--device", "cpu", "--backend", "blocked"]
 
@@ -96,6 +98,12 @@ def test_random_cases_are_exact_and_use_every_feature() -> None:
     code, result = invoke(*arguments, "--backend", "reference")
     assert code == 0, [row["reason"] for row in result["rows"] if row["status"] != "ok"]
     assert sum(row["case"].startswith("random-") for row in result["rows"]) == 12
+
+
+def test_real_cases_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify, "REAL_CASES", (Case("real-small", "stands for the large ones", q_len=20, k_len=20),))
+    code, result = invoke("verify", "--real", "--device", "cpu", "--backend", "blocked", "--dtype", "float32")
+    assert (code, [row["case"] for row in result["rows"]]) == (0, ["real-small"])
 
 
 def test_the_table_can_be_read() -> None:

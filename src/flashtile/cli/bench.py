@@ -81,7 +81,9 @@ def run(options: Options) -> Result:
         for work in works:
             own_modes = tuple(mode for mode in modes if work.train or mode in ("forward", "host"))
             contest = Contest(work, own_modes, device, dtype, limits, options.seconds, options.seed)
-            measured = [{**row, **facts, "clocks": machine.clocks(device)} for row in contest.rows(peers, step)]
+            compared = contest.rows(peers, step)
+            clocks = machine.clocks(device)
+            measured = [{**row, **facts, "clocks": clocks} for row in compared]
             _append(options.out, measured)
             rows += measured
             step("", 1)

@@ -6,11 +6,11 @@ import random
 
 from flashtile import masks
 from flashtile.testing import Case
-from flashtile.testing.inputs import LAYOUTS
 
 LENGTHS = (1, 2, 15, 16, 17, 31, 63, 64, 65, 100, 111, 128)
 DIMS = (1, 3, 8, 16, 24, 32, 40, 59, 64, 96, 128)
 MOST_SEQUENCES = 4
+LAYOUTS = ("bhnd", "expanded", "strided")  # "packed" asks for equal shapes of q, k and v
 
 
 def random_case(generator: random.Random, index: int) -> Case:
@@ -45,7 +45,7 @@ def random_case(generator: random.Random, index: int) -> Case:
         q_lens=q_lens,
         k_lens=k_lens,
         trailing=pick((0, 3)) if packed else 0,
-        layout=pick(LAYOUTS) if not packed and qk_dim > 0 and chance() < 0.3 else "contiguous",
+        layout=pick(LAYOUTS) if not packed and chance() < 0.3 else "contiguous",
         dlse=chance() < 0.5,
         deterministic=chance() < 0.1,
     )

@@ -15,6 +15,7 @@ from flashtile.cli.options import option
 from flashtile.cli.random_cases import random_case
 from flashtile.cli.verify_view import show
 from flashtile.testing import CASES, Case, WrongResultError, run_case
+from flashtile.testing.real_cases import REAL_CASES
 
 __all__ = ["Options", "run", "show"]
 
@@ -24,6 +25,7 @@ DTYPES = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float3
 @dataclass(frozen=True)
 class Options:
     case: str | None = option(None, "Only named cases whose id contains one of these comma-separated words.")
+    real: bool = option(False, "The cases at the sizes of real models instead; for a GPU.")
     random: int = option(0, "Random cases on top.")
     seed: int = option(0, "Seed of the random cases and of all values.")
     backend: str | None = option(None, "Backends, comma-separated; default: each that runs on the device.")
@@ -59,7 +61,8 @@ def run(options: Options) -> Result:
 
 def _cases(options: Options) -> list[Case]:
     words = [word.strip() for word in (options.case or "").split(",") if word.strip()]
-    named = [case for case in CASES if not words or any(word in case.id for word in words)]
+    table = REAL_CASES if options.real else CASES
+    named = [case for case in table if not words or any(word in case.id for word in words)]
     if not named:
         raise UsageError(f"--case: got {options.case!r}, which no named case contains")
     if options.random < 0:

@@ -67,6 +67,16 @@ def test_a_wrong_gradient_alone_fails_exactness(monkeypatch: pytest.MonkeyPatch)
     assert all(row["errors"]["dk"]["share"] > 1 >= row["errors"]["dv"]["share"] for row in rows)
 
 
+def test_an_error_in_one_case_is_a_failed_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(*arguments: Any) -> Any:
+        raise MemoryError("no tile fits")
+
+    monkeypatch.setattr(blocked, "forward", wrong)
+    rows = exactness_rows()
+    assert [row["reason"] for row in rows] == ["MemoryError: no tile fits"] * 2
+    assert not any(row["ok"] for row in rows)
+
+
 def test_nan_fails_exactness(monkeypatch: pytest.MonkeyPatch) -> None:
     right = blocked.forward
 

@@ -12,7 +12,7 @@ from flashtile.cli.demo.settings import Exactness
 from flashtile.cli.workload import Workload
 from flashtile.dispatch import choose
 from flashtile.masks import Causal
-from flashtile.testing import Case, WrongResultError, build, case, evaluate
+from flashtile.testing import Case, build, case, evaluate
 from flashtile.testing.run import compare
 
 
@@ -53,8 +53,8 @@ def _row(entry: Case, dtype_name: str, device: str) -> Result:
     inputs = build(entry, dtype, device)
     try:
         errors = compare(entry, inputs, evaluate(entry, inputs, backend))
-    except (WrongResultError, NotImplementedError) as problem:
-        return row | {"errors": {}, "share": None, "ok": False, "reason": str(problem)}
+    except Exception as problem:  # whatever a call fails with, the other cases are still to be shown
+        return row | {"errors": {}, "share": None, "ok": False, "reason": f"{type(problem).__name__}: {problem}"}
     share = max(error.share for error in errors)
     measured = {error.name: {"error": error.worst, "plain": error.plain, "share": error.share} for error in errors}
     return row | {"errors": measured, "share": share, "ok": share <= 1, "reason": None}

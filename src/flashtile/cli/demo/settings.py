@@ -43,7 +43,7 @@ class Training:
     steps: int
     windows: int
     sampled: int
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-3
     warm_up: int = 40
     seed: int = 0
 
@@ -77,7 +77,7 @@ _CASES = (
 CPU = Settings(
     Exactness(_CASES, lengths=(1024,)),
     Scaling(batch=1, heads=8, dim=64, lengths=(512, 1024, 2048, 4096, 8192, 16384), seconds=2.0, call_seconds=4.0),
-    Training(layers=3, heads=4, width=128, context=1024, batch=1, steps=300, windows=16, sampled=200),
+    Training(layers=2, heads=3, width=192, context=1024, batch=1, steps=300, windows=16, sampled=200),
 )
 
 GPU = Settings(
@@ -96,7 +96,7 @@ GPU = Settings(
 QUICK = Settings(
     Exactness(("gqa-causal-odd", "bias-heads"), lengths=()),
     Scaling(batch=1, heads=2, dim=32, lengths=(128, 256, 512), seconds=0.1, call_seconds=60.0),
-    Training(layers=2, heads=2, width=64, context=128, batch=4, steps=30, windows=4, sampled=40),
+    Training(layers=2, heads=2, width=64, context=128, batch=4, steps=30, windows=4, sampled=40, learning_rate=2e-3),
 )
 
 

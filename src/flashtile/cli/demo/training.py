@@ -30,7 +30,7 @@ LOSS_TOLERANCE = 0.02
 # Relative difference of the whole first gradient, before any amplification.
 GRADIENT_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 FINAL_SHARE = 0.05  # the learning rate ends at this part of its peak
-PROMPT = b"    def "
+PROMPT = b"def "
 
 
 class Trainee:

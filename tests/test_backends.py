@@ -12,7 +12,7 @@ from places import GPU, every_place
 from torch import Tensor
 
 import flashtile
-from flashtile.masks import Mask, Prefix, Window
+from flashtile.masks import Causal, Intervals, Mask, Prefix, Window
 from flashtile.testing import CASES, REAL_CASES, Case, build, case, evaluate, run_case
 from flashtile.testing.accuracy import check_same_form
 
@@ -140,6 +140,22 @@ def test_a_gradient_that_nobody_wants_changes_no_other(backend: str, device: str
         assert isinstance(out, Tensor)
         check_same_form("gradient", leaf, wanted[index])
         torch.testing.assert_close(torch.autograd.grad(out, leaf, dout)[0], wanted[index], rtol=0, atol=1e-6)
+
+
+@every_place
+def test_calls_that_differ_in_one_fact_are_told_apart(backend: str, device: str) -> None:
+    """What is remembered of one call must not serve another: same shapes, strides and features, in either order."""
+    shape = {"batch": 2, "q_len": 40, "k_len": 40, "dim": 16}
+    hi = torch.arange(1, 41)
+    shared, own = Intervals(0 * hi, hi), Intervals(torch.zeros(2, 40).long(), torch.stack([hi, hi.clamp(max=9)]))
+    variants = [
+        {"mask": mask, "alibi": alibi, "bias": "additive", "bias_axes": axes}
+        for mask in (shared, own, Causal())
+        for alibi in ("heads", "batch")
+        for axes in ("bhqk", "1hqk", "b1qk")
+    ]
+    for features in (*variants, *reversed(variants)):
+        run_case(Case("differing", "", **shape, **features), backend, torch.float32, device)  # type: ignore[arg-type]
 
 
 @pytest.mark.skipif(GPU, reason="kernels are compiled here, not interpreted")

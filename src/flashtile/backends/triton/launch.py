@@ -79,7 +79,9 @@ def run(
     alignment = combined & 15 and tuple(value & 15 == 0 for value in addresses)
     device = q.device.index
     precision = float32_precision(problem) if problem.dtype == torch.float32 else None
-    key = (id(kernel), problem, variant, device, alignment, precision, *steps)
+    # A table for all batch entries has the strides of a table for each of them.
+    tables = 0 if call.lo is None else call.lo.shape[0]
+    key = (id(kernel), problem, variant, device, alignment, precision, tables, *steps)
     ready = _ready.get(key)
     if ready is None:
         _launch_first(kernel, key, prepare(problem, call, tensors, variant), (*tensors, *extras(call)))

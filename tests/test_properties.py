@@ -44,7 +44,7 @@ def test_triton_interpreted(case: Case, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
-@settings(max_examples=30)
+@settings(max_examples=10)  # each compiles kernels of its own
 @given(drawn.cases(longest=700, most_heads=4), st.sampled_from([torch.bfloat16, torch.float16]))
 def test_triton(case: Case, dtype: torch.dtype) -> None:
     run_case(case, "triton", dtype, "cuda")

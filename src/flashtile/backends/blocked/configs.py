@@ -27,7 +27,7 @@ class Config:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
 
 
-FORWARD = Config(rows=512, keys=512, edge=128)
+FORWARD = Config(rows=1024, keys=1024, edge=512)
 BACKWARD = Config(rows=1024, keys=512, edge=256)
 
 

@@ -83,7 +83,7 @@ class _Rows:
         keys = slab.mask.end(middle) - slab.mask.first(middle)
         if self.q.device.type != "cpu" or not self.scoring.plain or keys < _KEYS_WORTH_BOUNDING:
             return False
-        longest = [float(torch.linalg.vector_norm(t, dim=-1, dtype=self.wide).amax()) for t in (self.q, self.k)]
+        longest = [float(torch.linalg.vector_norm(t, dim=-1).amax()) for t in (self.q, self.k)]
         return abs(factor(self.problem)) * longest[0] * longest[1] <= _BOUND
 
     def start(self, row: int, row_end: int) -> None:

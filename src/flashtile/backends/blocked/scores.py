@@ -22,6 +22,8 @@ LOG2E = math.log2(math.e)
 # Three bfloat16 numbers hold the 24 bits of a float32 one.
 SPLIT = 3
 
+BitMasks = tuple[Tensor, Tensor | None]
+
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 # The tiles on a diagonal are hidden alike, and a mask has few diagonals; a table's tiles are all different.
@@ -34,7 +36,7 @@ class Scratch:
     def __init__(self, like: Tensor) -> None:
         self._like = like
         self._buffers: dict[str, Tensor] = {}
-        self._hidden: dict[tuple[Intervals, tuple[int, ...], float, torch.dtype], tuple[Tensor, Tensor]] = {}
+        self._hidden: dict[tuple[Intervals, tuple[int, ...], float, torch.dtype], BitMasks] = {}
 
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A contiguous uninitialised tensor; the one taken before under this name ends."""
@@ -44,7 +46,7 @@ class Scratch:
             buffer = self._buffers[name] = self._like.new_empty(count, dtype=dtype)
         return buffer[:count].view(shape)
 
-    def hidden(self, mask: Intervals, tile: Tile, fill: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def hidden(self, mask: Intervals, tile: Tile, fill: float, dtype: torch.dtype) -> BitMasks:
         """(kept, filled) of a tile that a mask cuts, see `_bit_masks`."""
         key = (mask, mask.likeness(tile), fill, dtype)
         if key not in self._hidden:
@@ -54,10 +56,12 @@ class Scratch:
         return self._hidden[key]
 
 
-def _bit_masks(seen: Tensor, fill: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(kept, filled): value & kept | filled is the value where it is seen and fill elsewhere, NaN or not."""
+def _bit_masks(seen: Tensor, fill: float, dtype: torch.dtype) -> BitMasks:
+    """(kept, filled): value & kept | filled is the value where it is seen and fill elsewhere, NaN or not; None is 0."""
     bits = _BITS[dtype.itemsize]
     kept = seen.to(bits).neg_()  # all bits where seen, none where hidden
+    if fill == 0:
+        return kept, None
     return kept, kept.bitwise_not() & int(torch.tensor(fill, dtype=dtype).view(bits))
 
 
@@ -117,13 +121,13 @@ class Scoring:
         masks = []
         if tile.partial:
             kept, filled = self.scratch.hidden(self.slab.mask, tile, fill, values.dtype)
-            masks.append((kept[:, None], filled[:, None]))
+            masks.append((kept[:, None], None if filled is None else filled[:, None]))
         if self.bias is not None and self.bias.dtype == torch.bool:
             masks.append(_bit_masks(bias_tile(self.bias, tile), fill, values.dtype))
         view = self.by_head(tile, values).view(_BITS[values.element_size()])
         for kept, filled in masks:
             view.bitwise_and_(kept)
-            if fill:
+            if filled is not None:
                 view.bitwise_or_(filled)
 
     def drop(self, tile: Tile, values: Tensor) -> None:

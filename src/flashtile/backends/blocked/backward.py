@@ -46,13 +46,13 @@ def backward(
     if problem.varlen:
         for grad in grads:
             grad.zero_()
-    delta = _delta(out, lse, dout, dlse)
+    delta = torch.full_like(lse, 0.0)
     dbias = None
     if bias_grad and call.bias is not None:
         dbias = torch.zeros(call.bias.shape, dtype=problem.lse_dtype, device=lse.device)
     config, scratch = pick_backward(problem), Scratch(call.q)
     for slab in slabs(problem, call, config.rows, config.keys):
-        part = _Keys(problem, call, slab, scratch, (lse, delta, dout))
+        part = _Keys(problem, call, slab, scratch, (out, lse, dout, dlse), delta)
         part.dbias = None if dbias is None else slab.of_bias(dbias)
         part.differentiate(config, grads)
     if dbias is not None and call.bias is not None:
@@ -60,19 +60,21 @@ def backward(
     return dbias, None if call.sinks is None else sink_gradient(call.sinks, lse, delta)
 
 
-def _delta(out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None) -> Tensor:
-    """rowsum(dout * out) - dlse in lse's shape; 0 for a row that saw nothing, so that its gradients are 0."""
-    rows = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1).transpose(-1, -2)
-    delta = rows if dlse is None else rows - dlse
-    return delta.masked_fill(lse == -torch.inf, 0.0)
-
-
 class _Keys:
     """The keys and values of a slab and, one after the other, the tiles that see a block of them."""
 
     dbias: Tensor | None = None
 
-    def __init__(self, problem: Problem, call: Call, slab: Slab, scratch: Scratch, saved: tuple[Tensor, ...]) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        call: Call,
+        slab: Slab,
+        scratch: Scratch,
+        saved: tuple[Tensor, Tensor, Tensor, Tensor | None],
+        delta: Tensor,
+    ) -> None:
+        """saved: (out, lse, dout, dlse). delta, in lse's shape, is written."""
         assert call.k is not None and call.v is not None
         self.problem, self.slab, self.scratch = problem, slab, scratch
         self.scoring = Scoring(problem, call, slab, scratch)
@@ -80,14 +82,24 @@ class _Keys:
         # With dropout, delta is subtracted after elements were dropped, so the product cannot do it.
         self.fused = self.narrow != self.wide and self.scoring.plain and problem.dropout_p == 0
         q, k, v = slab.of_queries(call.q), slab.of_keys(call.k), slab.of_keys(call.v)
-        lse, delta = (slab.of_lse(t) for t in saved[:2])
-        do, columns = slab.of_queries(saved[2]), split(-delta, self.narrow) if self.fused else ()
+        own_delta = slab.of_lse(delta).copy_(self._delta(*saved))
+        do, columns = slab.of_queries(saved[2]), split(-own_delta, self.narrow) if self.fused else ()
         self.q, self.do, self.k = pack(q, self.narrow), pack(do, self.narrow), pack(k, self.narrow)
         self.v = pack(v, self.narrow, (1.0,) * len(columns))
         self.do_delta = pack(do, self.narrow, columns) if self.fused else self.do
         # Where a row saw nothing, its weights must become 0, not NaN.
+        lse = slab.of_lse(saved[1])
         lse = lse.masked_fill(lse == -torch.inf, torch.inf) * LOG2E
-        self.lse, self.delta = (t.reshape(self.q.shape[0], -1, 1) for t in (lse, delta))
+        self.lse, self.delta = (t.reshape(self.q.shape[0], -1, 1) for t in (lse, own_delta))
+
+    def _delta(self, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None) -> Tensor:
+        """rowsum(dout * out) - dlse of the slab; 0 for a row that saw nothing, so that its gradients are 0."""
+        slab, shape = self.slab, tuple(self.slab.of_queries(out).shape)
+        product = self.scratch.take("out", shape, self.wide).copy_(slab.of_queries(out))
+        product *= self.scratch.take("dout", shape, self.wide).copy_(slab.of_queries(dout))
+        rows = product.sum(-1)
+        delta = rows if dlse is None else rows - slab.of_lse(dlse)
+        return delta.masked_fill(slab.of_lse(lse) == -torch.inf, 0.0)
 
     def differentiate(self, config: Config, grads: tuple[Tensor, Tensor, Tensor]) -> None:
         """Writes the slab's part of dq, dk and dv."""
@@ -123,7 +135,7 @@ class _Keys:
         """(P, dS) in the working dtype, delta subtracted by the product."""
         products = self._product("products", self.q[:, rows], self.k[:, keys], factor(self.problem))
         wide = self.scratch.take("scores", products.shape, self.wide)
-        torch.sub(products, self.lse[:, rows], out=wide).exp2_()
+        wide.copy_(products).sub_(self.lse[:, rows]).exp2_()
         weights = products.copy_(wide)
         dscores = self._product("dweights", self.do_delta[:, rows], self.v[:, keys])
         for values in (weights, dscores):

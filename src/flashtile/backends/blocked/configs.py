@@ -28,7 +28,7 @@ class Config:
 
 
 FORWARD = Config(rows=1024, keys=1024, edge=512)
-BACKWARD = Config(rows=1024, keys=512, edge=256)
+BACKWARD = Config(rows=1024, keys=1024, edge=512)
 
 
 def pick_forward(problem: Problem) -> Config:

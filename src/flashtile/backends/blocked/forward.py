@@ -117,18 +117,16 @@ class _Rows:
         shape = (*q.shape[:2], k.shape[2])
         products = product(self.scratch.take("products", shape, self.narrow), q, k, factor(self.problem))
         scores = products if self.narrow == self.wide else self.scratch.take("scores", shape, self.wide)
-        m = self.m[:, rows, None]
+        if self.scoring.plain:
+            self.scoring.hide(tile, products, -torch.inf)
+        if scores is not products:
+            scores.copy_(products)
         if not self.scoring.plain:
-            self.scoring.bend(scores.copy_(products))
+            self.scoring.bend(scores)
             self.scoring.add(tile, scores)
             self.scoring.hide(tile, scores, -torch.inf)
-            scores -= m
-            return scores, products
-        self.scoring.hide(tile, products, -torch.inf)
         if not self.bounded:
-            torch.sub(products, m, out=scores)
-        elif scores is not products:
-            scores.copy_(products)
+            scores -= self.m[:, rows, None]
         return scores, products
 
     def _follow(self, rows: slice, scores: Tensor) -> None:

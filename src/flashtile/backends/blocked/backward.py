@@ -8,6 +8,8 @@ through three more columns. dK and dV of a block stay while rows pass.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -20,7 +22,6 @@ from flashtile.backends.blocked.scores import (
     Scratch,
     bias_tile,
     factor,
-    pack,
     product,
     split,
 )
@@ -84,9 +85,10 @@ class _Keys:
         q, k, v = slab.of_queries(call.q), slab.of_keys(call.k), slab.of_keys(call.v)
         own_delta = slab.of_lse(delta).copy_(self._delta(*saved))
         do, columns = slab.of_queries(saved[2]), split(-own_delta, self.narrow) if self.fused else ()
-        self.q, self.do, self.k = pack(q, self.narrow), pack(do, self.narrow), pack(k, self.narrow)
-        self.v = pack(v, self.narrow, (1.0,) * len(columns))
-        self.do_delta = pack(do, self.narrow, columns) if self.fused else self.do
+        pack = partial(scratch.pack, dtype=self.narrow)
+        self.q, self.do, self.k = pack("q", q), pack("do", do), pack("k", k)
+        self.v = pack("v", v, columns=(1.0,) * len(columns))
+        self.do_delta = pack("do_delta", do, columns=columns) if self.fused else self.do
         # Where a row saw nothing, its weights must become 0, not NaN.
         lse = slab.of_lse(saved[1])
         lse = lse.masked_fill(lse == -torch.inf, torch.inf) * LOG2E
@@ -105,18 +107,18 @@ class _Keys:
         """Writes the slab's part of dq, dk and dv."""
         slab, problem = self.slab, self.problem
         dq, dk, dv = slab.of_queries(grads[0]), slab.of_keys(grads[1]), slab.of_keys(grads[2])
-        self.dq = self.q.new_zeros((*self.q.shape[:2], problem.qk_dim), dtype=self.wide)
+        self.dq = self.scratch.zeros("dq", tuple(self.q.shape), self.wide)
         seen_by = slab.mask.transposed()
         row_step = max(config.rows // slab.group, 1)
         for key in range(0, slab.k_len, config.keys):
             end = min(key + config.keys, slab.k_len)
-            self.dk = self.k.new_zeros((self.k.shape[0], end - key, problem.qk_dim), dtype=self.wide)
-            self.dv = self.k.new_zeros((self.k.shape[0], end - key, problem.v_dim), dtype=self.wide)
+            self.dk = self.scratch.zeros("dk", (self.k.shape[0], end - key, problem.qk_dim), self.wide)
+            self.dv = self.scratch.zeros("dv", (self.k.shape[0], end - key, problem.v_dim), self.wide)
             for turned in cover(seen_by, slab.mask, key, end, row_step, max(config.edge // slab.group, 1)):
                 self._see(_turn(turned), key)
-            dk[:, :, key:end].copy_((self.dk * problem.scale).view_as(dk[:, :, key:end]))
+            dk[:, :, key:end].copy_(self.dk.mul_(problem.scale).view_as(dk[:, :, key:end]))
             dv[:, :, key:end].copy_(self.dv.view_as(dv[:, :, key:end]))
-        dq.copy_((self.dq * problem.scale).view_as(dq))
+        dq.copy_(self.dq.mul_(problem.scale).view_as(dq))
 
     def _see(self, tile: Tile, key: int) -> None:
         """Adds what one tile contributes to every gradient."""

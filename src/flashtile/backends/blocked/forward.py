@@ -19,7 +19,7 @@ from torch import Tensor
 from flashtile.backends.blocked import native
 from flashtile.backends.blocked.configs import Config, pick_forward, working_dtype
 from flashtile.backends.blocked.intervals import Tile, cover
-from flashtile.backends.blocked.scores import Scoring, Scratch, factor, pack, product
+from flashtile.backends.blocked.scores import Scoring, Scratch, factor, product
 from flashtile.backends.blocked.slabs import Slab, slabs
 from flashtile.problem import Call, Problem
 
@@ -72,8 +72,8 @@ class _Rows:
         self.scoring = Scoring(problem, call, slab, scratch)
         self.narrow, self.wide = working_dtype(problem), problem.lse_dtype
         q, k = slab.of_queries(call.q), slab.of_keys(call.k)
-        self.q, self.k = pack(q, self.narrow), pack(k, self.narrow)
-        self.v = pack(slab.of_keys(call.v), self.narrow)
+        self.q, self.k = scratch.pack("q", q, self.narrow), scratch.pack("k", k, self.narrow)
+        self.v = scratch.pack("v", slab.of_keys(call.v), self.narrow)
         self.bounded = self._bounded(slab)
         self.sinks = None if call.sinks is None else slab.of_heads(call.sinks).to(self.wide)
 
@@ -89,10 +89,10 @@ class _Rows:
     def start(self, row: int, row_end: int) -> None:
         self.row = row
         self.block_q = self.q[:, row * self.group : row_end * self.group]
-        shape = self.block_q.shape[:2]
-        self.m = self.block_q.new_zeros(shape, dtype=self.wide)
-        self.l = torch.zeros_like(self.m)
-        self.o = self.m.new_zeros((*shape, self.v.shape[-1]))
+        shape = tuple(self.block_q.shape[:2])
+        self.m = self.scratch.zeros("m", shape, self.wide)
+        self.l = self.scratch.zeros("l", shape, self.wide)
+        self.o = self.scratch.zeros("o", (*shape, self.v.shape[-1]), self.wide)
 
     def see(self, tile: Tile) -> None:
         """Takes the keys and values of a tile into l and O."""

@@ -31,7 +31,7 @@ _KEPT_TILES = 16
 
 
 class Scratch:
-    """Buffers that tiles share, by name."""
+    """Buffers that tiles and slabs share, by name: fresh memory costs a page fault every few kilobytes."""
 
     def __init__(self, like: Tensor) -> None:
         self._like = like
@@ -45,6 +45,21 @@ class Scratch:
         if buffer is None or buffer.numel() < count:
             buffer = self._buffers[name] = self._like.new_empty(count, dtype=dtype)
         return buffer[:count].view(shape)
+
+    def zeros(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return self.take(name, shape, dtype).zero_()
+
+    def pack(self, name: str, rows: Tensor, dtype: torch.dtype, columns: tuple[Tensor | float, ...] = ()) -> Tensor:
+        """A view [batch, kv, ..., dim] as [units, rows, dim + columns], contiguous, in the working dtype.
+
+        oneDNN copies operands that are not contiguous, for each tile anew.
+        """
+        units, dim = rows.shape[0] * rows.shape[1], rows.shape[-1]
+        packed = self.take(name, (*rows.shape[:-1], dim + len(columns)), dtype)
+        packed[..., :dim] = rows
+        for index, column in enumerate(columns):
+            packed[..., dim + index] = column
+        return packed.view(units, -1, dim + len(columns))
 
     def hidden(self, mask: Intervals, tile: Tile, fill: float, dtype: torch.dtype) -> BitMasks:
         """(kept, filled) of a tile that a mask cuts, see `_bit_masks`."""
@@ -169,21 +184,6 @@ def bias_tile(bias: Tensor, tile: Tile) -> Tensor:
     if bias.shape[4] > 1:
         bias = bias[..., tile.column : tile.column_end]
     return bias
-
-
-def pack(rows: Tensor, dtype: torch.dtype, columns: tuple[Tensor | float, ...] = ()) -> Tensor:
-    """A view [batch, kv, ..., dim] as [units, rows, dim + columns], contiguous, in the working dtype.
-
-    oneDNN copies operands that are not contiguous, for each tile anew.
-    """
-    units, dim = rows.shape[0] * rows.shape[1], rows.shape[-1]
-    if not columns:
-        return rows.to(dtype).reshape(units, -1, dim).contiguous()
-    packed = rows.new_empty((*rows.shape[:-1], dim + len(columns)), dtype=dtype)
-    packed[..., :dim] = rows
-    for index, column in enumerate(columns):
-        packed[..., dim + index] = column
-    return packed.view(units, -1, dim + len(columns))
 
 
 def split(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:

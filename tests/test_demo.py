@@ -124,6 +124,15 @@ def test_wrong_attention_trains_otherwise(attend: Any, monkeypatch: pytest.Monke
     assert not difference["curves_ok"]
 
 
+def test_a_wild_control_widens_the_tolerance_and_a_nan_one_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    right, sdpa = ATTENTIONS["flashtile"], ATTENTIONS["sdpa"]
+    assert train_with(right, monkeypatch)["loss_tolerance"] == training.LOSS_TOLERANCE
+    monkeypatch.setitem(ATTENTIONS, "sdpa", looks_ahead)
+    assert train_with(right, monkeypatch)["loss_tolerance"] > training.LOSS_TOLERANCE
+    monkeypatch.setitem(ATTENTIONS, "sdpa", lambda q, k, v: sdpa(q, k, v) * torch.nan)
+    assert train_with(right, monkeypatch)["loss_tolerance"] == training.LOSS_TOLERANCE
+
+
 def test_a_nan_loss_is_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     difference = train_with(lambda q, k, v: ATTENTIONS["sdpa"](q, k, v) * torch.nan, monkeypatch)
     assert not difference["gradient_ok"]

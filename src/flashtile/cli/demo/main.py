@@ -94,7 +94,7 @@ def checks(result: Result) -> list[Result]:
             "ok": difference["curves_ok"],
             "detail": f"largest difference {difference['largest_loss_gap']:.1e} nats a byte "
             f"(step {difference['largest_loss_gap_step']}), held-out {difference['held_out_gap']:.1e}, "
-            f"allowed {difference['loss_tolerance']:g}",
+            f"allowed {difference['loss_tolerance']:.2g}",
         },
     ]
 

@@ -182,8 +182,9 @@ def _training(result: Result, images: Images) -> str:
         f"{text['held_out_byte_entropy']:.2f} there.</p>"
         "<p>Exact attentions differ by rounding, and training amplifies that. With flashtile the loss was never "
         f"farther than {float(gap['largest_loss_gap']):.1e} from standard attention's, with PyTorch's SDPA never "
-        f"farther than {float(control['largest_loss_gap']):.1e}; flashtile is allowed {gap['loss_tolerance']:g} at any "
-        f"step. The first gradient, before any amplification, differed by {float(gap['first_gradient']):.1e} of its "
+        f"farther than {float(control['largest_loss_gap']):.1e}; flashtile is allowed {gap['loss_tolerance']:.2g} at "
+        "any step (one in a hundred of a typical loss, or twice SDPA's distance where that is more). "
+        f"The first gradient, before any amplification, differed by {float(gap['first_gradient']):.1e} of its "
         f"length (allowed {gap['first_gradient_tolerance']:g}).</p>"
     )
     sample = trained["sample"]

@@ -9,6 +9,7 @@ through three more columns. dK and dV of a block stay while rows pass.
 from __future__ import annotations
 
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from flashtile.backends.blocked.scores import (
     Scratch,
     bias_tile,
     factor,
+    lead,
     product,
     split,
 )
@@ -61,6 +63,16 @@ def backward(
     return dbias, None if call.sinks is None else sink_gradient(call.sinks, lse, delta)
 
 
+class _Tensors(NamedTuple):
+    """What a block of rows brings: [(units,) rows * group, ...]; lse is in units of log2."""
+
+    q: Tensor
+    do: Tensor
+    do_delta: Tensor
+    lse: Tensor
+    delta: Tensor
+
+
 class _Keys:
     """The keys and values of a slab and, one after the other, the tiles that see a block of them."""
 
@@ -92,7 +104,7 @@ class _Keys:
         # Where a row saw nothing, its weights must become 0, not NaN.
         lse = slab.of_lse(saved[1])
         lse = lse.masked_fill(lse == -torch.inf, torch.inf) * LOG2E
-        self.lse, self.delta = (t.reshape(self.q.shape[0], -1, 1) for t in (lse, own_delta))
+        self.lse, self.delta = (t.reshape(*lead(slab.units), -1, 1) for t in (lse, own_delta))
 
     def _delta(self, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None) -> Tensor:
         """rowsum(dout * out) - dlse of the slab; 0 for a row that saw nothing, so that its gradients are 0."""
@@ -112,8 +124,8 @@ class _Keys:
         row_step = max(config.rows // slab.group, 1)
         for key in range(0, slab.k_len, config.keys):
             end = min(key + config.keys, slab.k_len)
-            self.dk = self.scratch.zeros("dk", (self.k.shape[0], end - key, problem.qk_dim), self.wide)
-            self.dv = self.scratch.zeros("dv", (self.k.shape[0], end - key, problem.v_dim), self.wide)
+            self.dk = self.scratch.zeros("dk", (*lead(slab.units), end - key, problem.qk_dim), self.wide)
+            self.dv = self.scratch.zeros("dv", (*lead(slab.units), end - key, problem.v_dim), self.wide)
             for turned in cover(seen_by, slab.mask, key, end, row_step, max(config.edge // slab.group, 1)):
                 self._see(_turn(turned), key)
             dk[:, :, key:end].copy_(self.dk.mul_(problem.scale).view_as(dk[:, :, key:end]))
@@ -122,53 +134,60 @@ class _Keys:
 
     def _see(self, tile: Tile, key: int) -> None:
         """Adds what one tile contributes to every gradient."""
-        rows = slice(tile.row * self.slab.group, tile.row_end * self.slab.group)
-        keys = slice(tile.column, tile.column_end)
-        own = slice(tile.column - key, tile.column_end - key)
-        weights, dscores = (self._fused if self.fused else self._general)(tile, rows, keys)
-        self._accumulate(self.dv[:, own], weights.transpose(1, 2), self.do[:, rows])
-        self._accumulate(self.dq[:, rows], dscores, self.k[:, keys])
-        self._accumulate(self.dk[:, own], dscores.transpose(1, 2), self.q[:, rows])
+        first, count = tile.row * self.slab.group, (tile.row_end - tile.row) * self.slab.group
+        keys = tile.column_end - tile.column
+        rows = _Tensors(*(t.narrow(-2, first, count) for t in (self.q, self.do, self.do_delta, self.lse, self.delta)))
+        k, v = (t.narrow(-2, tile.column, keys) for t in (self.k, self.v))
+        weights, dscores = (self._fused if self.fused else self._general)(tile, rows, k, v)
+        dk, dv = (t.narrow(-2, tile.column - key, keys) for t in (self.dk, self.dv))
+        self._accumulate(dv, weights.mT, rows.do)
+        self._accumulate(self.dq.narrow(-2, first, count), dscores, k)
+        self._accumulate(dk, dscores.mT, rows.q)
 
     def _accumulate(self, total: Tensor, left: Tensor, right: Tensor) -> None:
         total += product(self.scratch.take("part", tuple(total.shape), self.narrow), left, right)
 
-    def _fused(self, tile: Tile, rows: slice, keys: slice) -> tuple[Tensor, Tensor]:
+    def _fused(self, tile: Tile, rows: _Tensors, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """(P, dS) in the working dtype, delta subtracted by the product."""
-        products = self._product("products", self.q[:, rows], self.k[:, keys], factor(self.problem))
-        wide = self.scratch.take("scores", products.shape, self.wide)
-        wide.copy_(products).sub_(self.lse[:, rows]).exp2_()
+        products = self._product("products", rows.q, k, factor(self.problem))
+        wide = self.scratch.take("scores", tuple(products.shape), self.wide)
+        wide.copy_(products).sub_(rows.lse).exp2_()
         weights = products.copy_(wide)
-        dscores = self._product("dweights", self.do_delta[:, rows], self.v[:, keys])
+        dscores = self._product("dweights", rows.do_delta, v)
         for values in (weights, dscores):
             self.scoring.hide(tile, values, 0.0)
         return weights, dscores.mul_(weights)
 
-    def _product(self, name: str, left: Tensor, right: Tensor, alpha: float = 1.0) -> Tensor:
-        """alpha * left right^T."""
-        shape = (*left.shape[:2], right.shape[1])
-        return product(self.scratch.take(name, shape, self.narrow), left, right.transpose(1, 2), alpha)
-
-    def _general(self, tile: Tile, rows: slice, keys: slice) -> tuple[Tensor, Tensor]:
+    def _general(self, tile: Tile, rows: _Tensors, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """(dropped P, dS) in the working dtype, computed in the wide one with every feature."""
         problem, scoring = self.problem, self.scoring
-        scores = self._product("products", self.q[:, rows], self.k[:, keys], factor(problem)).to(self.wide)
+        scores = self._widened("scores", self._product("products", rows.q, k, factor(problem)))
         scoring.bend(scores)
         slope = 1 - (scores / (problem.softcap * LOG2E)).square_() if problem.softcap > 0 else None
         scoring.add(tile, scores)
-        weights = scores.sub_(self.lse[:, rows]).exp2_()
-        dweights = self._product("dweights", self.do[:, rows], self.v[:, keys]).to(self.wide)
+        weights = scores.sub_(rows.lse).exp2_()
+        dweights = self._widened("dscores", self._product("dweights", rows.do, v))
         kept = weights
         if problem.dropout_p > 0:
             keep = 1 / (1 - problem.dropout_p) if problem.dropout_p < 1 else 0.0
             kept = weights * keep
             for values in (kept, dweights.mul_(keep)):
                 scoring.drop(tile, values)
-        dscores = dweights.sub_(self.delta[:, rows]).mul_(weights)
+        dscores = dweights.sub_(rows.delta).mul_(weights)
         for values in (kept, dscores):
             scoring.hide(tile, values, 0.0)
         self._add_bias_gradient(tile, dscores)
         return kept.to(self.narrow), (dscores if slope is None else dscores.mul_(slope)).to(self.narrow)
+
+    def _product(self, name: str, left: Tensor, right: Tensor, alpha: float = 1.0) -> Tensor:
+        """alpha * left right^T."""
+        shape = (*left.shape[:-1], right.shape[-2])
+        return product(self.scratch.take(name, shape, self.narrow), left, right.mT, alpha)
+
+    def _widened(self, name: str, values: Tensor) -> Tensor:
+        if self.narrow == self.wide:
+            return values
+        return self.scratch.take(name, tuple(values.shape), self.wide).copy_(values)
 
     def _add_bias_gradient(self, tile: Tile, dscores: Tensor) -> None:
         """Adds a tile's dS to the gradient of the bias, summed over the dimensions that the bias broadcasts."""

@@ -64,7 +64,7 @@ def _attend(
 
 
 class _Rows:
-    """The running softmax of a block of rows; all tensors are [units, rows * group, ...]."""
+    """The running softmax of a block of rows; its tensors are [(units,) rows * group, ...]."""
 
     def __init__(self, problem: Problem, call: Call, slab: Slab, scratch: Scratch) -> None:
         assert call.k is not None and call.v is not None
@@ -88,35 +88,33 @@ class _Rows:
 
     def start(self, row: int, row_end: int) -> None:
         self.row = row
-        self.block_q = self.q[:, row * self.group : row_end * self.group]
-        shape = tuple(self.block_q.shape[:2])
-        self.m = self.scratch.zeros("m", shape, self.wide)
-        self.l = self.scratch.zeros("l", shape, self.wide)
+        self.block_q = self.q.narrow(-2, row * self.group, (row_end - row) * self.group)
+        shape = tuple(self.block_q.shape[:-1])
+        self.m = self.scratch.zeros("m", (*shape, 1), self.wide)
+        self.l = self.scratch.zeros("l", (*shape, 1), self.wide)
         self.o = self.scratch.zeros("o", (*shape, self.v.shape[-1]), self.wide)
 
     def see(self, tile: Tile) -> None:
         """Takes the keys and values of a tile into l and O."""
-        rows = slice((tile.row - self.row) * self.group, (tile.row_end - self.row) * self.group)
-        scores, narrow = self._scores(tile, rows)
+        first, count = (tile.row - self.row) * self.group, (tile.row_end - tile.row) * self.group
+        q, m, l, o = (t.narrow(-2, first, count) for t in (self.block_q, self.m, self.l, self.o))
+        k, v = (t.narrow(-2, tile.column, tile.column_end - tile.column) for t in (self.k, self.v))
+        shape = (*q.shape[:-1], k.shape[-2])
+        products = self.scratch.take("products", shape, self.narrow)
+        scores = products if self.narrow == self.wide else self.scratch.take("scores", shape, self.wide)
+        self._score(tile, product(products, q, k.mT, factor(self.problem)), scores)
         if not self.bounded:
-            self._follow(rows, scores)
+            _follow(scores.sub_(m), m, l, o)
         weights = scores.exp2_()
-        self.l[:, rows] += weights.sum(-1)
+        l += weights.sum(-1, keepdim=True)
         if self.problem.dropout_p > 0:
             self.scoring.drop(tile, weights)
         if self.narrow != self.wide:
-            weights = narrow.copy_(weights)
-        v = self.v[:, tile.column : tile.column_end]
-        self.o[:, rows] += product(
-            self.scratch.take("part", (*weights.shape[:2], v.shape[-1]), self.narrow), weights, v
-        )
+            weights = products.copy_(weights)
+        o += product(self.scratch.take("part", o.shape, self.narrow), weights, v)
 
-    def _scores(self, tile: Tile, rows: slice) -> tuple[Tensor, Tensor]:
-        """S - m of a tile in the wide dtype, -inf where hidden, and memory of its shape in the narrow one."""
-        q, k = self.block_q[:, rows], self.k[:, tile.column : tile.column_end].transpose(1, 2)
-        shape = (*q.shape[:2], k.shape[2])
-        products = product(self.scratch.take("products", shape, self.narrow), q, k, factor(self.problem))
-        scores = products if self.narrow == self.wide else self.scratch.take("scores", shape, self.wide)
+    def _score(self, tile: Tile, products: Tensor, scores: Tensor) -> None:
+        """Writes the scores of a tile, -inf where hidden, from its products; the two may be one tensor."""
         if self.scoring.plain:
             self.scoring.hide(tile, products, -torch.inf)
         if scores is not products:
@@ -125,35 +123,32 @@ class _Rows:
             self.scoring.bend(scores)
             self.scoring.add(tile, scores)
             self.scoring.hide(tile, scores, -torch.inf)
-        if not self.bounded:
-            scores -= self.m[:, rows, None]
-        return scores, products
-
-    def _follow(self, rows: slice, scores: Tensor) -> None:
-        """Moves m of rows that saw nothing before or whose scores passed it, and the scores with it."""
-        top = scores.amax(-1)
-        fresh = self.l[:, rows] == 0
-        # A comparison on the host would wait for any other device.
-        if scores.device.type == "cpu" and not bool(((top > _SLACK) | fresh).any()):
-            return
-        # A fresh row's m may fall, too; a row that still sees nothing keeps it.
-        rise = torch.where(fresh, top, top.clamp(min=0.0)).masked_fill_(top == -torch.inf, 0.0)
-        shrink = torch.exp2(-rise.masked_fill(fresh, 0.0))
-        self.m[:, rows] += rise
-        self.l[:, rows] *= shrink
-        self.o[:, rows] *= shrink[..., None]
-        scores -= rise[..., None]
 
     def finish(self) -> tuple[Tensor, Tensor]:
         """(out, lse) of the block."""
         lse = (self.m + torch.log2(self.l)) * math.log(2)
-        out = self.o / self.l.masked_fill(self.l == 0, 1.0)[..., None]
+        out = self.o / self.l.masked_fill(self.l == 0, 1.0)
         if self.problem.dropout_p > 0:
             out *= 1 / (1 - self.problem.dropout_p) if self.problem.dropout_p < 1 else 0.0
         if self.sinks is None:
             return out, lse
         # A sink is one more key whose value is 0: it only enlarges the denominator.
         kv, group = self.sinks.shape[1], self.sinks.shape[3]
-        sinks = self.sinks.expand(lse.shape[0] // kv, kv, lse.shape[1] // group, group).reshape(lse.shape)
-        total = torch.logaddexp(lse, sinks)
-        return out * torch.exp(lse - total.clamp(min=torch.finfo(total.dtype).min))[..., None], total
+        total = torch.logaddexp(lse.view(-1, kv, lse.shape[-2] // group, group), self.sinks).view_as(lse)
+        return out * torch.exp(lse - total.clamp(min=torch.finfo(total.dtype).min)), total
+
+
+def _follow(scores: Tensor, m: Tensor, l: Tensor, o: Tensor) -> None:
+    """Moves m of rows that saw nothing before or whose scores (less m) passed it, and all that is relative to m."""
+    top = scores.amax(-1, keepdim=True)
+    fresh = l == 0
+    # A comparison on the host would wait for any other device.
+    if scores.device.type == "cpu" and not bool(((top > _SLACK) | fresh).any()):
+        return
+    # A fresh row's m may fall, too; a row that still sees nothing keeps it.
+    rise = torch.where(fresh, top, top.clamp(min=0.0)).masked_fill_(top == -torch.inf, 0.0)
+    shrink = torch.exp2(-rise.masked_fill(fresh, 0.0))
+    m += rise
+    l *= shrink
+    o *= shrink
+    scores -= rise

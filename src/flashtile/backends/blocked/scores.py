@@ -52,14 +52,14 @@ class Scratch:
     def pack(self, name: str, rows: Tensor, dtype: torch.dtype, columns: tuple[Tensor | float, ...] = ()) -> Tensor:
         """A view [batch, kv, ..., dim] as [units, rows, dim + columns], contiguous, in the working dtype.
 
-        oneDNN copies operands that are not contiguous, for each tile anew.
+        One unit is [rows, dim + columns]. oneDNN copies operands that are not contiguous, for each tile anew.
         """
         units, dim = rows.shape[0] * rows.shape[1], rows.shape[-1]
         packed = self.take(name, (*rows.shape[:-1], dim + len(columns)), dtype)
         packed[..., :dim] = rows
         for index, column in enumerate(columns):
             packed[..., dim + index] = column
-        return packed.view(units, -1, dim + len(columns))
+        return packed.view(*lead(units), -1, dim + len(columns))
 
     def hidden(self, mask: Intervals, tile: Tile, fill: float, dtype: torch.dtype) -> BitMasks:
         """(kept, filled) of a tile that a mask cuts, see `_bit_masks`."""
@@ -101,7 +101,7 @@ class Scoring:
         self.slopes = None if slopes is None else (slab.of_heads(slopes).to(wide) * LOG2E)[..., None]
 
     def by_head(self, tile: Tile, scores: Tensor) -> Tensor:
-        """[units, rows * group, keys] as a view [batch, kv, rows, group, keys]."""
+        """[(units,) rows * group, keys] as a view [batch, kv, rows, group, keys]."""
         slab = self.slab
         shape = (slab.batch.stop - slab.batch.start, -1, tile.row_end - tile.row, slab.group, scores.shape[-1])
         return scores.view(shape)
@@ -159,22 +159,22 @@ class Scoring:
         self.by_head(tile, values).view(bits).bitwise_and_(keep.to(bits).neg_())
 
 
-def product(result: Tensor, left: Tensor, right: Tensor, alpha: float = 1.0) -> Tensor:
-    """alpha * left right of [units, ., .] matrices, written to result.
+def lead(units: int) -> tuple[int, ...]:
+    """The leading dimensions of a slab's matrices: none for one unit.
 
-    One unit goes to the two-dimensional product, which oneDNN runs a quarter faster than a batch of one.
+    oneDNN runs a product of two matrices a quarter faster than a batch of one, and half the indexing falls away.
     """
+    return () if units == 1 else (units,)
+
+
+def product(result: Tensor, left: Tensor, right: Tensor, alpha: float = 1.0) -> Tensor:
+    """alpha * left right of matrices or batches of them, written to result."""
     if alpha == 0:  # oneDNN would leave the result as it is
         return result.zero_()
-    if left.shape[0] > 1:
-        if alpha == 1:
-            return torch.bmm(left, right, out=result)
-        return torch.baddbmm(result, left, right, beta=0, alpha=alpha, out=result)
     if alpha == 1:
-        torch.mm(left[0], right[0], out=result[0])
-    else:
-        torch.addmm(result[0], left[0], right[0], beta=0, alpha=alpha, out=result[0])
-    return result
+        return (torch.mm if left.ndim == 2 else torch.bmm)(left, right, out=result)
+    add = torch.addmm if left.ndim == 2 else torch.baddbmm
+    return add(result, left, right, beta=0, alpha=alpha, out=result)
 
 
 def bias_tile(bias: Tensor, tile: Tile) -> Tensor:

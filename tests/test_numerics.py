@@ -154,7 +154,7 @@ def test_nothing_leaks_between_sequences(backend: str, device: str) -> None:
 
 @every_place
 @every_dtype
-@pytest.mark.parametrize("name", ["dim-40", "dim-59", "odd-111", "causal-few-queries"])
+@pytest.mark.parametrize("name", ["dim-59", "causal-few-queries"])
 def test_nothing_leaks_from_memory_around_the_tensors(backend: str, device: str, dtype: torch.dtype, name: str) -> None:
     """Tiles overhang lengths and head dims; what lies there in memory, NaN, must not come in, nor be overwritten."""
     chosen = case(name)

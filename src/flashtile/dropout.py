@@ -8,9 +8,10 @@ random numbers: as easy as 1, 2, 3", SC 2011, table 2: the fewest rounds that pa
     word    = 2 * (bit 3 of row) + (bit 3 of column)
     half    = bit 0 of column
 
-An element is dropped where its 16 bits are below `threshold(dropout_p)`, dropout_p in units of 1 / 65536. Nothing depends on tile sizes, so forward
-and backward of every backend drop the same elements and never store the mask. One Philox call serves eight elements;
-these eight lie in one thread of a tensor-core accumulator, which is why the bits are dealt this way.
+An element is dropped where its 16 bits are below `threshold(dropout_p)`, dropout_p in units of 1 / 65536. Nothing
+depends on tile sizes, so forward and backward of every backend drop the same elements and never store the mask. One
+Philox call serves eight elements; these eight lie in one thread of a tensor-core accumulator, which is why the bits are
+dealt this way.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -40,6 +41,9 @@ def run(options: Options) -> Result:
     device = machine.default_device()
     chosen = settings.choose(device, options.quick)
     content = text.read(options.text, chosen.training.context + 1)
+    dtype = scaling.fastest_dtype(device)
+    # float16 would need its losses scaled; models are trained in bfloat16 where the machine is fast at it.
+    trained_in = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
     result: Result = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "quick": options.quick,
@@ -51,9 +55,9 @@ def run(options: Options) -> Result:
     with _part(result, "exactness", exactness.steps(chosen.exactness)) as step:
         result["exactness"] = exactness.run(chosen.exactness, device, step)
     with _part(result, "scaling", scaling.steps(chosen.scaling)) as step:
-        result["scaling"] = scaling.run(chosen.scaling, device, step)
+        result["scaling"] = scaling.run(chosen.scaling, device, dtype, step)
     with _part(result, "training", chosen.training.steps) as step:
-        result["training"] = training.run(chosen.training, content, device, step)
+        result["training"] = training.run(chosen.training, content, device, trained_in, step)
     result["checks"] = checks(result)
     result["ok"] = all(check["ok"] for check in result["checks"])
     result["seconds"] = time.perf_counter() - started

@@ -60,7 +60,9 @@ def _png(plot: Any, result: Result, theme: Theme) -> bytes:
         "grid.color": theme.faint,
         "axes.facecolor": theme.background,
         "figure.facecolor": theme.background,
-        "legend.frameon": False,
+        "legend.facecolor": theme.background,
+        "legend.edgecolor": "none",
+        "legend.framealpha": 0.85,
         "axes.spines.top": False,
         "axes.spines.right": False,
     }

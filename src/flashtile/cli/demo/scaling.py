@@ -24,9 +24,8 @@ TIMING_METHODS = {
 LEAST_ROUNDS, MOST_ROUNDS = 2, 25
 
 
-def run(settings: Scaling, device: str, step: Step) -> Result:
+def run(settings: Scaling, device: str, dtype: torch.dtype, step: Step) -> Result:
     """Rows, one for each attention, mode and length: milliseconds and peak bytes, or the reason why it was left out."""
-    dtype = fastest_dtype(device)
     ladder = Ladder(settings, device, dtype)
     rows = [row for length in settings.lengths for mode in MODES for row in ladder.climb(mode, length, step)]
     return {

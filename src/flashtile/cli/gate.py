@@ -4,12 +4,14 @@ Checked are whole key-value heads of sampled batch elements (for the forward alo
 every row of a head is computed by the same code. The error allowed is that of standard PyTorch attention in the same
 dtype on the same rows, twice, and one rounding of the result. In float32 standard attention may be right by luck, so a
 few times the distance is added by which the exact result moves when every input is off by one rounding.
+Peers other than flashtile may use twice as much: the gate asks whether they compute the same, not how they round.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,11 +21,22 @@ from flashtile.dropout import draw, keep_mask
 from flashtile.testing.accuracy import PLAIN_FACTOR, STEPS, unit_roundoff
 
 SAMPLED_ROWS = 128
+PEER_SLACK = 2.0  # flashtile keeps its budget; others may round more, as PyTorch's CPU kernel does over grouped heads
 SCORES_AT_ONCE = {"cpu": 2**21, "cuda": 2**24}  # elements of S held at once; float64 autograd keeps some six of them
 
-# Results by name and batch element (-1 where the batch shares one): how to pick that part of a whole tensor, its value.
-Key = tuple[str, int]
-Values = dict[Key, tuple[Callable[[Tensor], Tensor], Tensor]]
+Key = tuple[str, int]  # name of a result, and the batch element, -1 where the batch shares one
+
+
+@dataclass(frozen=True)
+class Value:
+    """A part of a result: how to pick it from the whole tensor, and what it is; terms: what it is the sum of."""
+
+    pick: Callable[[Tensor], Tensor]
+    tensor: Tensor
+    terms: Tensor | None = None
+
+
+Values = dict[Key, Value]
 
 
 @dataclass(frozen=True)
@@ -83,20 +96,22 @@ def expectations(work: Workload, inputs: Inputs, backward: bool, drops: bool, se
     allowed = _allowances(part, exact, _compute(part, batches, inputs.q.dtype, backward, drops))
     if inputs.q.dtype in (torch.float32, torch.float64):
         shaken = _compute(replace(part, inputs=_shake(inputs)), batches, torch.float64, backward, drops)
-        for key, (_, value) in shaken.items():
-            allowed[key] += STEPS * _error(value, exact[key][1])
-    return [Expected(key[0], pick, value, allowed[key]) for key, (pick, value) in exact.items()]
+        for key, value in shaken.items():
+            allowed[key] += STEPS * _error(value.tensor, exact[key].tensor)
+    return [Expected(key[0], value.pick, value.tensor, allowed[key]) for key, value in exact.items()]
 
 
-def check(results: dict[str, Tensor], expected: list[Expected]) -> tuple[bool, dict[str, dict[str, float]]]:
-    """(every error is allowed, for each tensor the error and the allowance of its worst part)."""
+def check(
+    results: dict[str, Tensor], expected: list[Expected], slack: float = 1.0
+) -> tuple[bool, dict[str, dict[str, float]]]:
+    """(no error is above `slack` times its allowance, for each tensor the error and allowance of its worst part)."""
     worst: dict[str, dict[str, float]] = {}
     for entry in expected:
         error = _error(entry.pick(results[entry.name]), entry.exact)
         ratio = error / entry.allowed if entry.allowed > 0 else (0.0 if error == 0 else float("inf"))
         if entry.name not in worst or not ratio <= worst[entry.name]["ratio"]:
             worst[entry.name] = {"error": error, "allowed": entry.allowed, "ratio": ratio}
-    return all(entry["ratio"] <= 1.0 for entry in worst.values()), worst
+    return all(entry["ratio"] <= slack for entry in worst.values()), worst
 
 
 def random_state(inputs: Inputs) -> Tensor:
@@ -107,10 +122,21 @@ def random_state(inputs: Inputs) -> Tensor:
 
 def _allowances(part: Part, exact: Values, standard: Values) -> dict[Key, float]:
     roundoff = unit_roundoff(part.inputs.q.dtype)
-    return {
-        key: PLAIN_FACTOR * _error(standard[key][1], value) + roundoff * (value.abs().max().item() if len(value) else 0)
-        for key, (_, value) in exact.items()
-    }
+    allowed = {}
+    for key, value in exact.items():
+        error = _error(standard[key].tensor, value.tensor)
+        if value.terms is not None:
+            # One sum of many terms may be right by luck: its error counts as two standard deviations at least.
+            error = max(error, 2 * _deviation(standard[key].terms, value.terms))
+        largest = value.tensor.abs().max().item() if value.tensor.numel() else 0.0
+        allowed[key] = PLAIN_FACTOR * error + roundoff * largest
+    return allowed
+
+
+def _deviation(terms: Tensor | None, exact: Tensor) -> float:
+    """Standard deviation of a sum over the last axis whose terms err independently; the largest of several sums."""
+    assert terms is not None
+    return (terms.double() - exact).square().sum(-1).sqrt().max().item()
 
 
 def _shake(inputs: Inputs) -> Inputs:
@@ -149,44 +175,53 @@ def _compute(part: Part, batches: list[int], dtype: torch.dtype, backward: bool,
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     inputs = part.inputs
     bias = None if inputs.bias is None else part.of_bias(inputs.bias).to(wide, copy=True)
-    sinks = None if inputs.sinks is None else inputs.sinks[part.heads].to(wide, copy=True)
-    for leaf in (bias, sinks):
-        if leaf is not None:
-            leaf.requires_grad_(backward)
+    if bias is not None:
+        bias.requires_grad_(backward)
+    dsinks: list[Tensor] = []
     rng = random_state(inputs) if drops else None
     results: Values = {}
     for batch in batches:
         q, dout = part.of_rows(inputs.q, batch), part.of_rows(inputs.dout, batch)
-        k, v = (part.of_keys(t, batch).to(wide, copy=True).requires_grad_(backward) for t in (inputs.k, inputs.v))
+        k, v = (_per_query_head(part, t, batch, wide).requires_grad_(backward) for t in (inputs.k, inputs.v))
         outs, dqs = [], []
-        for slab in _slabs(part, batch, q.shape[1], k.shape[0]):
+        for slab in _slabs(part, batch, q.shape[1], k.shape[1]):
             leaf = q[:, slab.rows].to(wide, copy=True).requires_grad_(backward)
+            sinks = None if inputs.sinks is None else inputs.sinks[part.heads, None].to(wide).repeat(1, leaf.shape[1])
             with torch.set_grad_enabled(backward):
-                narrow = (_cast(t, dtype) for t in (bias, sinks))
+                narrow = (None if t is None else t.to(dtype) for t in (bias, _leaf(sinks, backward)))
                 out = slab.attend(leaf.to(dtype), k.to(dtype), v.to(dtype), *narrow, rng=rng)
             if backward:
                 out.backward(dout[:, slab.rows].to(dtype))
-                dqs.append(leaf.grad)
+                dqs.append(_grad(leaf))
+                dsinks += [] if sinks is None else [_grad(sinks)]
             outs.append(out.detach())
-        results["out", batch] = (_picker(part.of_rows, batch), torch.cat(outs, 1))
+        results["out", batch] = Value(partial(part.of_rows, batch=batch), torch.cat(outs, 1).to(dtype))
         if backward:
-            results["dq", batch] = (_picker(part.of_rows, batch), torch.cat(dqs, 1))  # type: ignore[arg-type]
-            results["dk", batch] = (_picker(part.of_keys, batch), k.grad)  # type: ignore[assignment]
-            results["dv", batch] = (_picker(part.of_keys, batch), v.grad)  # type: ignore[assignment]
+            results["dq", batch] = Value(partial(part.of_rows, batch=batch), torch.cat(dqs, 1).to(dtype))
+            for name, repeated in (("dk", k), ("dv", v)):
+                # Each query head's gradient is rounded before they are added, as where keys are repeated for each.
+                grad = _grad(repeated).to(dtype).to(wide).sum(0).to(dtype)
+                results[name, batch] = Value(partial(part.of_keys, batch=batch), grad)
     if backward and bias is not None and part.work.bias_grad:
-        results["dbias", -1] = (part.of_bias, bias.grad)  # type: ignore[assignment]
-    if backward and sinks is not None:
-        results["dsinks", -1] = (lambda tensor: tensor[part.heads], sinks.grad)  # type: ignore[assignment]
-    # Rounded as the call's own results would be.
-    return {key: (pick, value.to(dtype)) for key, (pick, value) in results.items()}
+        results["dbias", -1] = Value(part.of_bias, _grad(bias).to(dtype))
+    if dsinks:
+        terms = torch.cat(dsinks, 1)
+        results["dsinks", -1] = Value(lambda tensor: tensor[part.heads], terms.sum(-1).to(dtype), terms)
+    return results
 
 
-def _picker(of: Callable[[Tensor, int], Tensor], batch: int) -> Callable[[Tensor], Tensor]:
-    return lambda tensor: of(tensor, batch)
+def _per_query_head(part: Part, tensor: Tensor, batch: int, dtype: torch.dtype) -> Tensor:
+    """Keys or values of the part, repeated for its query heads, [group, keys, dim]."""
+    return part.of_keys(tensor, batch).to(dtype).repeat(part.work.group, 1, 1)
 
 
-def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if tensor is None else tensor.to(dtype)
+def _leaf(tensor: Tensor | None, backward: bool) -> Tensor | None:
+    return None if tensor is None else tensor.requires_grad_(backward)
+
+
+def _grad(leaf: Tensor) -> Tensor:
+    assert leaf.grad is not None
+    return leaf.grad
 
 
 def _slabs(part: Part, batch: int, count: int, keys: int) -> list[Slab]:
@@ -214,12 +249,12 @@ class Slab:
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sinks: Tensor | None, *, rng: Tensor | None
     ) -> Tensor:
-        """Standard attention, [group, rows, v_dim], each step in the inputs' dtype."""
+        """Standard attention, [group, rows, v_dim], each step in the inputs' dtype; sinks: [group, rows]."""
         work, inputs = self.part.work, self.part.inputs
         scores = work.softmax_scale * (q @ k.transpose(-1, -2))  # [group, rows, keys]
         if work.softcap > 0:
             scores = work.softcap * torch.tanh(scores / work.softcap)
-        key = torch.arange(k.shape[0], device=k.device)
+        key = torch.arange(k.shape[-2], device=k.device)
         if inputs.slopes is not None:
             q_len, k_len = work.shape_of(self.batch)
             distance = (self.position[:, None] + (k_len - q_len) - key).abs()
@@ -230,8 +265,8 @@ class Slab:
         # A row that sees nothing gets equal scores, so that no nan arises, and its weights are removed again.
         scores = scores.masked_fill(hidden, -torch.inf).masked_fill(hidden.all(-1, keepdim=True), 0.0)
         if sinks is not None:
-            scores = torch.cat([scores, sinks[:, None, None].expand(-1, scores.shape[1], 1)], -1)
-        weights = torch.softmax(scores, -1)[..., : k.shape[0]].masked_fill(hidden, 0.0)
+            scores = torch.cat([scores, sinks[..., None]], -1)
+        weights = torch.softmax(scores, -1)[..., : k.shape[-2]].masked_fill(hidden, 0.0)
         if rng is not None:
             head = torch.arange(work.heads, device=k.device)[self.part.heads] + self.batch * work.heads
             kept = keep_mask(rng, work.dropout_p, head[:, None, None], self.position[:, None], key)

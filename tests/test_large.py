@@ -6,8 +6,11 @@ in the inputs' own dtype. The error may be twice that of the latter, plus one ro
 
 from __future__ import annotations
 
+import fcntl
 import gc
+import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,10 +35,13 @@ Seen = Callable[[Tensor, Tensor], Tensor]
 
 
 @pytest.fixture(autouse=True)
-def _memory_is_given_back() -> Iterator[None]:
-    yield
-    gc.collect()
-    torch.cuda.empty_cache()
+def _one_at_a_time() -> Iterator[None]:
+    """Workers share one GPU, and two of these tests do not fit it together."""
+    with open(Path(tempfile.gettempdir()) / "flashtile-large.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def normal(*shape: int, dtype: torch.dtype = HALF) -> Tensor:

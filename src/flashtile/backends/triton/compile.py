@@ -145,9 +145,8 @@ def _read(kernel: Any) -> Resources:
             found = re.search(rf"\.{name}:\s+(\d+)", text)
             return int(found.group(1)) if found else 0
 
-        # The metadata count registers, four bytes in each of a wavefront's lanes.
-        spills = 4 * (field("vgpr_spill_count") + field("sgpr_spill_count"))
-        return Resources(field("vgpr_count"), spills, kernel.metadata.shared)
+        # Scalar registers spill into vector registers; only what is left over goes to memory, the private segment.
+        return Resources(field("vgpr_count"), field("private_segment_fixed_size"), kernel.metadata.shared)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(kernel.asm["cubin"])
         usage = subprocess.run(

@@ -1,10 +1,10 @@
 """Tile sizes: one short table a kernel, first match wins, every row with its reason.
 
 A row serves a family of devices, a size of dtype, head dims up to a limit and calls up to a weight. The families are
-"hopper" (compute capability 9 and 10: 227 KB of shared memory, asynchronous tensor cores) and "any" (every other
-device; at most 64 KB, which AMD's has). The weight of a call counts what costs registers: dropout, an additive bias,
-softcap. No row spills a register on the targets that tests/test_binaries.py compiles for; a larger tile that was
-faster but spilled is named in docs/kernels/triton.md.
+"hopper" (compute capability 9 and 10: 227 KB of shared memory, asynchronous tensor cores), "amd" (no compute
+capability) and "any" (every device; at most 64 KB, which is what AMD's have). The weight says how many registers the
+features of a call take. But for float32 above head dim 64 no row spills on the targets that tests/test_binaries.py
+compiles for. Figures are TFLOP/s of one kernel on an H100, causal, from benchmarks/results/h100-tiles.jsonl.
 """
 
 from __future__ import annotations
@@ -49,50 +49,58 @@ class Row(NamedTuple):
 
 
 FORWARD = (
-    Row("hopper", 2, 64, 3, Config(64, 64, 4, 3)),  # H100 causal: 428 TFLOP/s, 128 x 64 with 8 warps 370
-    Row("hopper", 2, 128, 0, Config(128, 128, 8, 3)),  # H100 causal: 425, 64 x 64 363, 128 x 64 355
-    Row("hopper", 2, 128, 1, Config(128, 64, 8, 3)),  # dropout 286, bias 319; 128 x 128 spills
-    Row("hopper", 2, 128, 3, Config(64, 32, 4, 2)),
-    Row("hopper", 2, 256, 0, Config(64, 64, 8, 2)),
-    Row("hopper", 2, 256, 3, Config(32, 32, 4, 2)),
-    Row("any", 2, 64, 3, Config(64, 32, 4, 2)),
-    Row("any", 2, 128, 3, Config(64, 32, 4, 2)),
-    Row("any", 2, 256, 3, Config(32, 32, 4, 1)),
-    Row("any", 4, 128, 3, Config(32, 16, 4, 1)),
-    Row("any", 4, 256, 3, Config(16, 16, 4, 1)),
+    Row("hopper", 2, 64, 4, Config(64, 64, 4, 3)),  # 428, 128 x 64 with 8 warps 370
+    Row("hopper", 2, 128, 0, Config(128, 128, 8, 3)),  # 425, 64 x 64 363, 128 x 64 355; softcap 361
+    Row("hopper", 2, 128, 2, Config(128, 64, 8, 3)),  # dropout 280, bias 319; 128 x 128 spills
+    Row("hopper", 2, 128, 4, Config(64, 32, 4, 2)),  # the largest without a spill
+    Row("hopper", 2, 256, 0, Config(64, 64, 8, 2)),  # as large as shared memory allows with two stages
+    Row("hopper", 2, 256, 4, Config(32, 32, 4, 2)),
+    Row("hopper", 4, 64, 0, Config(128, 64, 8, 3)),
+    Row("any", 2, 64, 4, Config(64, 32, 4, 2)),  # "any": the largest that spills neither on sm_80 nor on gfx942
+    Row("any", 2, 128, 4, Config(64, 32, 8, 1)),
+    Row("any", 2, 256, 4, Config(32, 32, 4, 1)),
+    Row("any", 4, 128, 4, Config(16, 32, 4, 1)),
+    Row("any", 4, 256, 4, Config(16, 16, 8, 1)),  # spills: 3xTF32 holds a whole row of 256 twice
 )
 
 QUERIES = (
-    Row("hopper", 2, 64, 3, Config(64, 64, 4, 3)),  # H100 causal: 540, 128 x 64 with 8 warps 523
-    Row("hopper", 2, 128, 1, Config(128, 64, 8, 3)),  # H100 causal: 463, dropout 374, 64 x 64 spills
-    Row("hopper", 2, 128, 3, Config(64, 32, 8, 2)),
-    Row("hopper", 2, 256, 3, Config(64, 32, 8, 1)),
-    Row("any", 2, 64, 3, Config(64, 32, 4, 2)),
-    Row("any", 2, 128, 3, Config(64, 32, 8, 1)),
-    Row("any", 2, 256, 3, Config(32, 32, 8, 1)),
-    Row("any", 4, 128, 3, Config(32, 16, 4, 1)),
-    Row("any", 4, 256, 3, Config(16, 16, 4, 1)),
+    Row("hopper", 2, 64, 4, Config(64, 64, 4, 3)),  # 540, 128 x 64 with 8 warps 523
+    Row("hopper", 2, 128, 2, Config(128, 64, 8, 3)),  # 463, dropout 374; 64 x 64 spills
+    Row("hopper", 2, 128, 4, Config(64, 32, 8, 2)),
+    Row("hopper", 2, 256, 0, Config(32, 64, 8, 1)),  # 64 rows spill
+    Row("hopper", 2, 256, 2, Config(32, 32, 8, 1)),
+    Row("hopper", 2, 256, 4, Config(32, 16, 8, 1)),
+    Row("hopper", 4, 64, 0, Config(128, 64, 8, 3)),
+    Row("any", 2, 64, 4, Config(64, 32, 4, 2)),
+    Row("amd", 2, 128, 4, Config(64, 16, 8, 1)),  # spills on sm_80, as 32 x 32 does on gfx942
+    Row("any", 2, 128, 4, Config(32, 32, 8, 1)),
+    Row("amd", 2, 256, 4, Config(32, 16, 8, 1)),  # spills on sm_80, as 16 x 32 does on gfx942
+    Row("any", 2, 256, 4, Config(16, 32, 8, 1)),
+    Row("any", 4, 64, 4, Config(32, 16, 4, 1)),
+    Row("any", 4, 128, 4, Config(16, 16, 4, 1)),
+    Row("any", 4, 256, 4, Config(16, 16, 8, 1)),  # spills, as the forward
 )
 
 KEYS = (
-    Row("hopper", 2, 64, 0, Config(64, 64, 4, 3)),  # H100 causal: 546, 32 x 64 468
-    Row("hopper", 2, 64, 3, Config(32, 64, 4, 3)),  # 64 x 64 spills with dropout
-    Row("hopper", 2, 128, 1, Config(32, 128, 8, 3)),  # H100 causal: 500; 64 x 128 gave 578 and spills
-    Row("hopper", 2, 128, 3, Config(32, 64, 8, 2)),
-    Row("hopper", 2, 256, 3, Config(32, 32, 8, 1)),
-    Row("any", 2, 64, 3, Config(32, 64, 4, 2)),
-    Row("any", 2, 128, 3, Config(32, 64, 8, 1)),
-    Row("any", 2, 256, 3, Config(16, 32, 8, 1)),
-    Row("any", 4, 128, 3, Config(16, 32, 8, 1)),
-    Row("any", 4, 256, 3, Config(16, 16, 4, 1)),
+    Row("hopper", 2, 64, 0, Config(64, 64, 4, 3)),  # 546, 32 x 64 468
+    Row("hopper", 2, 64, 4, Config(32, 64, 4, 3)),  # dropout 278; 64 x 64 gave 300 and spills
+    Row("hopper", 2, 128, 1, Config(32, 128, 8, 3)),  # 500, dropout 387; 64 x 128 is faster and spills
+    Row("hopper", 2, 128, 2, Config(32, 128, 8, 2)),  # three stages spill with a bias
+    Row("hopper", 2, 128, 4, Config(32, 64, 8, 2)),
+    Row("hopper", 2, 256, 4, Config(32, 32, 8, 1)),  # 64 keys spill
+    Row("hopper", 4, 64, 0, Config(32, 128, 8, 3)),
+    Row("any", 2, 64, 4, Config(32, 64, 4, 1)),
+    Row("any", 2, 128, 4, Config(16, 64, 8, 1)),
+    Row("any", 2, 256, 4, Config(16, 32, 8, 1)),
+    Row("any", 4, 64, 4, Config(16, 32, 8, 1)),
+    Row("any", 4, 256, 4, Config(16, 16, 8, 1)),  # spills at 256, as the forward
 )
 
 BIAS = (
-    Row("hopper", 2, 128, 3, Config(64, 64, 8, 2)),
-    Row("any", 2, 128, 3, Config(64, 32, 4, 1)),
-    Row("any", 2, 256, 3, Config(32, 32, 4, 1)),
-    Row("any", 4, 128, 3, Config(32, 32, 4, 1)),
-    Row("any", 4, 256, 3, Config(16, 16, 4, 1)),
+    Row("hopper", 2, 128, 4, Config(64, 64, 8, 2)),  # 52; 128 x 64 gave 70 and spills
+    Row("any", 2, 128, 4, Config(64, 32, 4, 1)),
+    Row("any", 2, 256, 4, Config(32, 32, 4, 1)),
+    Row("any", 4, 256, 4, Config(16, 32, 4, 1)),  # spills above 64, as the forward
 )
 
 
@@ -118,8 +126,9 @@ def backward_bias(problem: Problem) -> Config:
 
 def _pick(rows: tuple[Row, ...], problem: Problem) -> Config:
     dim = max(problem.qk_dim, problem.v_dim)
-    hopper = problem.capability is not None and problem.capability[0] in (9, 10)
-    families = ("hopper", "any") if hopper else ("any",)
+    capability = problem.capability
+    own = "amd" if capability is None else "hopper" if capability[0] in (9, 10) else "any"
+    families = (own, "any")
     needed = (problem.dtype.itemsize, dim, weight(problem))
     for row in rows:
         if row.family in families and _serves(row, *needed):
@@ -132,5 +141,6 @@ def _serves(row: Row, itemsize: int, dim: int, heaviness: int) -> bool:
 
 
 def weight(problem: Problem) -> int:
-    """How many of dropout, an additive bias and softcap the problem has."""
-    return (problem.dropout_p > 0) + (problem.bias == "additive") + (problem.softcap > 0)
+    """Dropout 1, an additive bias 2, softcap 1 beside either of them: alone it fits the tiles of a plain call."""
+    heavy = (problem.dropout_p > 0) + 2 * (problem.bias == "additive")
+    return heavy + (heavy > 0 and problem.softcap > 0)

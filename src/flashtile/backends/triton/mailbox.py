@@ -33,7 +33,7 @@ def of(device: torch.device) -> Tensor:
     """The slots of a device, int32 (4,), to be passed to its kernels; made on first use, outside any graph capture."""
     mailbox = _mailboxes.get(device.index)
     if mailbox is None:
-        slots = torch.zeros(len(REPORTS), dtype=torch.int32, pin_memory=device.type != "cpu")
+        slots = torch.zeros(len(REPORTS), dtype=torch.int32, pin_memory=device.type not in ("cpu", "meta"))
         halves = (ctypes.c_int64 * 2).from_address(slots.data_ptr())
         mailbox = _mailboxes[device.index] = _Mailbox(slots, halves)
     return mailbox.slots

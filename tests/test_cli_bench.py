@@ -252,3 +252,25 @@ def test_options_reject_what_they_cannot_mean() -> None:
 def test_the_commit_is_that_of_the_checkout() -> None:
     commit = machine.commit()
     assert commit is None or len(commit.rstrip("+")) == 12
+
+
+@pytest.mark.gpu
+def test_on_a_gpu() -> None:
+    arguments = ["bench", "--quick", "--seconds", "0.001", "--device", "cuda", "--lengths", "128", "--causal", "--json"]
+    peers = "standard,sdpa,sdpa-flash,sdpa-efficient,sdpa-cudnn,sdpa-math"
+    code, result = invoke(*arguments, "--mode", "all", "--dims", "64", "--peers", peers)
+    assert code == 0, [row["reason"] for row in result["rows"]]
+    for row in result["rows"]:
+        assert row["status"] in ("measured", "refused")
+        assert not row["own"] or (row["backend"], row["status"]) == ("triton", "measured")
+        assert row["device"]["type"] == "cuda"
+    measured = {row["peer"] for row in result["rows"] if row["status"] == "measured"}
+    assert {"flashtile", "standard", "sdpa-flash"} <= measured
+    code, result = invoke(*arguments, "--mode", "host", "--peers", "sdpa")
+    assert (code, [row["host_us"] > 0 for row in result["rows"]]) == (0, [True, True])
+
+
+@pytest.mark.gpu
+def test_peak_memory_is_counted_on_a_gpu() -> None:
+    a = torch.ones(1024, 1024, device="cuda")
+    assert timing.peak_bytes(timing.Plain(lambda: (a + 1) * 2), "cuda") == 2 * a.nbytes

@@ -142,3 +142,12 @@ def test_one_subprocess_run() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Triton runs there only in its interpreter" in " ".join(done.stdout.split())
     assert "all is well" in done.stdout
+
+
+@pytest.mark.gpu
+def test_on_a_gpu() -> None:
+    result = CliRunner().invoke(app, ["doctor", "--json"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert [device["type"] for device in found["devices"]] == ["cuda", "cpu"]
+    assert {(run["backend"], run["device"]) for run in found["runs"]} >= {("triton", "cuda"), ("blocked", "cpu")}

@@ -98,7 +98,9 @@ def expectations(work: Workload, inputs: Inputs, backward: bool, drops: bool, se
         shaken = _compute(replace(part, inputs=_shake(inputs)), batches, torch.float64, backward, drops)
         for key, value in shaken.items():
             allowed[key] += STEPS * _error(value.tensor, exact[key].tensor)
-    return [Expected(key[0], value.pick, value.tensor, allowed[key]) for key, value in exact.items()]
+    # The largest error of all parts is compared with the largest allowance: one short sequence may be right by luck.
+    pooled = {name: max(allowed[key] for key in allowed if key[0] == name) for name, _ in allowed}
+    return [Expected(key[0], value.pick, value.tensor, pooled[key[0]]) for key, value in exact.items()]
 
 
 def check(

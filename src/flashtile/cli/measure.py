@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -19,7 +20,7 @@ from flashtile.cli.workload import Inputs, Workload, make_inputs
 from flashtile.dispatch import choose
 
 REFUSALS = (NotImplementedError, torch.OutOfMemoryError)
-NO_KERNEL = "No available kernel"
+NO_KERNEL = re.compile("No available kernel|No viable backend")
 GRADIENT_MODES = ("backward", "train")
 
 
@@ -240,9 +241,9 @@ class Task:
 
 def _failure(error: Exception, said: list[str]) -> Result:
     """A refusal or an error, in one line; PyTorch says in warnings why a backend of its attention refuses."""
-    refused = isinstance(error, REFUSALS) or NO_KERNEL in str(error)
+    refused = isinstance(error, REFUSALS) or NO_KERNEL.search(str(error)) is not None
     text = str(error).strip().split("\n")[0] or type(error).__name__
-    if NO_KERNEL in text:
+    if NO_KERNEL.search(text):
         reasons = (line.partition(" (Triggered internally")[0] for line in said)
         text = " ".join(line for line in dict.fromkeys(reasons) if "because" not in line) or text
     name = "" if refused else f"{type(error).__name__}: "

@@ -54,7 +54,7 @@ def backward(
     if bias_grad and call.bias is not None:
         dbias = torch.zeros(call.bias.shape, dtype=problem.lse_dtype, device=lse.device)
     config, scratch = pick_backward(problem), Scratch(call.q)
-    for slab in slabs(problem, call, config.rows, config.keys):
+    for slab in slabs(problem, call, config):
         part = _Keys(problem, call, slab, scratch, (out, lse, dout, dlse), delta)
         part.dbias = None if dbias is None else slab.of_bias(dbias)
         part.differentiate(config, grads)
@@ -63,7 +63,7 @@ def backward(
     return dbias, None if call.sinks is None else sink_gradient(call.sinks, lse, delta)
 
 
-class _Tensors(NamedTuple):
+class _Rows(NamedTuple):
     """What a block of rows brings: [(units,) rows * group, ...]; lse is in units of log2."""
 
     q: Tensor
@@ -136,8 +136,15 @@ class _Keys:
         """Adds what one tile contributes to every gradient."""
         first, count = tile.row * self.slab.group, (tile.row_end - tile.row) * self.slab.group
         keys = tile.column_end - tile.column
-        rows = _Tensors(*(t.narrow(-2, first, count) for t in (self.q, self.do, self.do_delta, self.lse, self.delta)))
-        k, v = (t.narrow(-2, tile.column, keys) for t in (self.k, self.v))
+        rows = _Rows(
+            q=self.scratch.block("rows of q", self.q, first, count),
+            do=self.scratch.block("rows of do", self.do, first, count),
+            do_delta=self.scratch.block("rows of do_delta", self.do_delta, first, count),
+            lse=self.lse.narrow(-2, first, count),
+            delta=self.delta.narrow(-2, first, count),
+        )
+        k = self.scratch.block("keys of k", self.k, tile.column, keys)
+        v = self.scratch.block("keys of v", self.v, tile.column, keys)
         weights, dscores = (self._fused if self.fused else self._general)(tile, rows, k, v)
         dk, dv = (t.narrow(-2, tile.column - key, keys) for t in (self.dk, self.dv))
         self._accumulate(dv, weights.mT, rows.do)
@@ -147,7 +154,7 @@ class _Keys:
     def _accumulate(self, total: Tensor, left: Tensor, right: Tensor) -> None:
         total += product(self.scratch.take("part", tuple(total.shape), self.narrow), left, right)
 
-    def _fused(self, tile: Tile, rows: _Tensors, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def _fused(self, tile: Tile, rows: _Rows, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """(P, dS) in the working dtype, delta subtracted by the product."""
         products = self._product("products", rows.q, k, factor(self.problem))
         wide = self.scratch.take("scores", tuple(products.shape), self.wide)
@@ -158,7 +165,7 @@ class _Keys:
             self.scoring.hide(tile, values, 0.0)
         return weights, dscores.mul_(weights)
 
-    def _general(self, tile: Tile, rows: _Tensors, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def _general(self, tile: Tile, rows: _Rows, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """(dropped P, dS) in the working dtype, computed in the wide one with every feature."""
         problem, scoring = self.problem, self.scoring
         scores = self._widened("scores", self._product("products", rows.q, k, factor(problem)))

@@ -13,22 +13,23 @@ from flashtile.problem import Problem
 class Config:
     """How a problem is cut.
 
-    rows: query rows of a tile, query heads of a group counted in. keys: keys of a tile. edge: the shorter side of a
-    tile that the mask cuts.
+    units: (batch entry, key-value head) pairs of a tile. rows: query rows of each, query heads of a group counted in.
+    keys: keys of each. edge: the shorter side of a tile that the mask cuts.
     """
 
+    units: int
     rows: int
     keys: int
     edge: int
 
     def __post_init__(self) -> None:
-        for name in ("rows", "keys", "edge"):
+        for name in ("units", "rows", "keys", "edge"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
 
 
-FORWARD = Config(rows=1024, keys=1024, edge=512)
-BACKWARD = Config(rows=1024, keys=1024, edge=512)
+FORWARD = Config(units=8, rows=512, keys=512, edge=128)
+BACKWARD = Config(units=4, rows=1024, keys=512, edge=256)
 
 
 def pick_forward(problem: Problem) -> Config:

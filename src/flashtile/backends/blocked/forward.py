@@ -41,7 +41,7 @@ def forward(problem: Problem, call: Call, out: Tensor | None = None) -> tuple[Te
         out.zero_()
         lse.fill_(-torch.inf)
     config, scratch = pick_forward(problem), Scratch(call.q)
-    for slab in slabs(problem, call, config.rows, config.keys):
+    for slab in slabs(problem, call, config):
         _attend(problem, call, slab, config, scratch, slab.of_queries(out), slab.of_lse(lse))
     return out, lse
 
@@ -88,7 +88,7 @@ class _Rows:
 
     def start(self, row: int, row_end: int) -> None:
         self.row = row
-        self.block_q = self.q.narrow(-2, row * self.group, (row_end - row) * self.group)
+        self.block_q = self.scratch.block("block of q", self.q, row * self.group, (row_end - row) * self.group)
         shape = tuple(self.block_q.shape[:-1])
         self.m = self.scratch.zeros("m", (*shape, 1), self.wide)
         self.l = self.scratch.zeros("l", (*shape, 1), self.wide)
@@ -97,8 +97,10 @@ class _Rows:
     def see(self, tile: Tile) -> None:
         """Takes the keys and values of a tile into l and O."""
         first, count = (tile.row - self.row) * self.group, (tile.row_end - tile.row) * self.group
-        q, m, l, o = (t.narrow(-2, first, count) for t in (self.block_q, self.m, self.l, self.o))
-        k, v = (t.narrow(-2, tile.column, tile.column_end - tile.column) for t in (self.k, self.v))
+        m, l, o = (t.narrow(-2, first, count) for t in (self.m, self.l, self.o))
+        q = self.scratch.block("rows of q", self.block_q, first, count)
+        k = self.scratch.block("keys of k", self.k, tile.column, tile.column_end - tile.column)
+        v = self.scratch.block("keys of v", self.v, tile.column, tile.column_end - tile.column)
         shape = (*q.shape[:-1], k.shape[-2])
         products = self.scratch.take("products", shape, self.narrow)
         scores = products if self.narrow == self.wide else self.scratch.take("scores", shape, self.wide)

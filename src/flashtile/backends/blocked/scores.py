@@ -50,16 +50,18 @@ class Scratch:
         return self.take(name, shape, dtype).zero_()
 
     def pack(self, name: str, rows: Tensor, dtype: torch.dtype, columns: tuple[Tensor | float, ...] = ()) -> Tensor:
-        """A view [batch, kv, ..., dim] as [units, rows, dim + columns], contiguous, in the working dtype.
-
-        One unit is [rows, dim + columns]. oneDNN copies operands that are not contiguous, for each tile anew.
-        """
+        """A view [batch, kv, ..., dim] as [(units,) rows, dim + columns], contiguous, in the working dtype."""
         units, dim = rows.shape[0] * rows.shape[1], rows.shape[-1]
         packed = self.take(name, (*rows.shape[:-1], dim + len(columns)), dtype)
         packed[..., :dim] = rows
         for index, column in enumerate(columns):
             packed[..., dim + index] = column
         return packed.view(*lead(units), -1, dim + len(columns))
+
+    def block(self, name: str, matrices: Tensor, first: int, count: int) -> Tensor:
+        """Rows of [(units,) rows, dim], contiguous: oneDNN would copy them itself, and transposed, which is slow."""
+        rows = matrices.narrow(-2, first, count)
+        return rows if rows.is_contiguous() else self.take(name, tuple(rows.shape), rows.dtype).copy_(rows)
 
     def hidden(self, mask: Intervals, tile: Tile, fill: float, dtype: torch.dtype) -> BitMasks:
         """(kept, filled) of a tile that a mask cuts, see `_bit_masks`."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flashtile.backends.blocked.configs import Config
 from flashtile.backends.blocked.intervals import Band, Intervals, Table
 from flashtile.problem import Call, Problem
 from flashtile.validation import check_cu_seqlens_values
@@ -69,17 +70,14 @@ class Slab:
         return part[:, self.heads].unflatten(1, (-1, self.group)).unsqueeze(2)
 
 
-def slabs(problem: Problem, call: Call, rows: int, keys: int) -> Iterator[Slab]:
-    """All slabs of a call with something to compute.
-
-    A slab is one (batch entry, key-value head) pair, whose tiles are then contiguous in memory, or as many pairs as
-    fill a tile of rows by keys together.
-    """
+def slabs(problem: Problem, call: Call, config: Config) -> Iterator[Slab]:
+    """All slabs of a call with something to compute, of `config.units` pairs or more where the lengths are short."""
     for batch, queries, key_rows, q_len, k_len in _sequences(problem, call):
         if q_len == 0:
             continue
         mask = _mask(call, batch, q_len, k_len)
-        units = max(rows * keys // (q_len * problem.group * max(k_len, 1)), 1)
+        tile = min(config.rows, q_len * problem.group) * min(config.keys, max(k_len, 1))
+        units = config.units * (config.rows * config.keys // tile)
         heads = min(units, problem.kv_heads)
         entries = max(units // problem.kv_heads, 1)
         for first in range(batch.start, batch.stop, entries):

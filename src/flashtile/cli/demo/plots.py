@@ -125,7 +125,7 @@ def _loss(axes: Any, result: Result, theme: Theme) -> None:
         gap = [abs(a - b) for a, b in zip(losses[name], losses["standard"], strict=True)]
         gaps.plot(gap, color=theme.lines[name], label=TITLES[name], **STROKES[name])
         tolerance = difference["loss_tolerance"]
-    gaps.axhline(tolerance, color=theme.text, linewidth=1, linestyle=":", label=f"tolerance {tolerance:g}")
+    gaps.axhline(tolerance, color=theme.text, linewidth=1, linestyle=":", label=f"tolerance {tolerance:.2g}")
     # Equal losses, difference 0, stand at the foot of the axis, which is linear below a rounding of float32.
     gaps.set_yscale("symlog", linthresh=1e-7)
     gaps.set_ylim(bottom=0)

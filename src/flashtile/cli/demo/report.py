@@ -196,7 +196,8 @@ def _training(result: Result, images: Images) -> str:
 def _facts(result: Result) -> str:
     facts = {**result["device"], **{k: v for k, v in result["versions"].items() if v is not None}}
     facts["memory"] = _bytes(facts.pop("memory_bytes", None))
-    facts["load before the run"] = result["load_before"]
+    load = result["load_before"]
+    facts["load before the run"] = None if load is None else f"{load:.1f}"
     facts["seconds"] = ", ".join(f"{name} {seconds:.0f}" for name, seconds in result["part_seconds"].items())
     rows = [[escape(key.replace("_", " ")), escape(str(value))] for key, value in facts.items() if value is not None]
     return _table(["", ""], rows, words=2)

@@ -147,12 +147,9 @@ class _Keys:
         v = self.scratch.block("keys of v", self.v, tile.column, keys)
         weights, dscores = (self._fused if self.fused else self._general)(tile, rows, k, v)
         dk, dv = (t.narrow(-2, tile.column - key, keys) for t in (self.dk, self.dv))
-        self._accumulate(dv, weights.mT, rows.do)
-        self._accumulate(self.dq.narrow(-2, first, count), dscores, k)
-        self._accumulate(dk, dscores.mT, rows.q)
-
-    def _accumulate(self, total: Tensor, left: Tensor, right: Tensor) -> None:
-        total += product(self.scratch.take("part", tuple(total.shape), self.narrow), left, right)
+        self.scratch.add_product(dv, weights.mT, rows.do)
+        self.scratch.add_product(self.dq.narrow(-2, first, count), dscores, k)
+        self.scratch.add_product(dk, dscores.mT, rows.q)
 
     def _fused(self, tile: Tile, rows: _Rows, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """(P, dS) in the working dtype, delta subtracted by the product."""

@@ -28,16 +28,29 @@ class Config:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
 
 
-FORWARD = Config(units=8, rows=512, keys=512, edge=128)
-BACKWARD = Config(units=4, rows=1024, keys=512, edge=256)
+# First match wins: (the fewest pairs of batch entry and key-value head, config).
+FORWARD = (
+    (8, Config(units=8, rows=512, keys=512, edge=128)),
+    (1, Config(units=2, rows=1024, keys=1024, edge=256)),
+)
+BACKWARD = (
+    (4, Config(units=4, rows=512, keys=1024, edge=256)),
+    (1, Config(units=2, rows=1024, keys=1024, edge=512)),
+)
 
 
 def pick_forward(problem: Problem) -> Config:
-    return FORWARD
+    return _pick(FORWARD, problem)
 
 
 def pick_backward(problem: Problem) -> Config:
-    return BACKWARD
+    return _pick(BACKWARD, problem)
+
+
+def _pick(table: tuple[tuple[int, Config], ...], problem: Problem) -> Config:
+    # Packed sequences are computed one by one.
+    pairs = problem.kv_heads * (1 if problem.varlen else problem.batch)
+    return next(config for least, config in table if pairs >= least)
 
 
 # Below this head dim a product costs less than rounding its operands and widening its result.

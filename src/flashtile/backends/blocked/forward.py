@@ -113,7 +113,7 @@ class _Rows:
             self.scoring.drop(tile, weights)
         if self.narrow != self.wide:
             weights = products.copy_(weights)
-        o += product(self.scratch.take("part", o.shape, self.narrow), weights, v)
+        self.scratch.add_product(o, weights, v)
 
     def _score(self, tile: Tile, products: Tensor, scores: Tensor) -> None:
         """Writes the scores of a tile, -inf where hidden, from its products; the two may be one tensor."""

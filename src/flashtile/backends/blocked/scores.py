@@ -63,6 +63,13 @@ class Scratch:
         rows = matrices.narrow(-2, first, count)
         return rows if rows.is_contiguous() else self.take(name, tuple(rows.shape), rows.dtype).copy_(rows)
 
+    def add_product(self, total: Tensor, left: Tensor, right: Tensor) -> None:
+        """total += left right. An addition of mixed dtypes would allocate memory for a widened copy."""
+        part = product(self.take("part", tuple(total.shape), left.dtype), left, right)
+        if part.dtype != total.dtype:
+            part = self.take("widened part", tuple(total.shape), total.dtype).copy_(part)
+        total += part
+
     def hidden(self, mask: Intervals, tile: Tile, fill: float, dtype: torch.dtype) -> BitMasks:
         """(kept, filled) of a tile that a mask cuts, see `_bit_masks`."""
         key = (mask, mask.likeness(tile), fill, dtype)

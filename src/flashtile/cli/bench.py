@@ -92,8 +92,14 @@ def run(options: Options) -> Result:
 
 
 def _grid(options: Options) -> list[Workload]:
+    shaping = ("lengths", "dims", "batch", "heads", "kv_heads", "causal")
     if options.grid == "models":
+        given = [name for name in shaping if getattr(options, name) is not None]
+        if given or options.features != "plain":
+            raise UsageError(f"--grid models: got --{(given or ['features'])[0]} too, but these calls are fixed")
         return grids.model_grid(options.only)
+    if options.only is not None:
+        raise UsageError(f"--only: got {options.only!r}, which picks from --grid models")
     grid = choices(options.grid, grids.GRIDS, "--grid")[0]
     return grids.sequence_grid(
         "quick" if options.quick else grid,

@@ -53,10 +53,11 @@ FORWARD = (
     Row("hopper", 2, 128, 0, Config(128, 128, 8, 3)),  # 425, 64 x 64 363, 128 x 64 355; softcap 361
     Row("hopper", 2, 128, 2, Config(128, 64, 8, 3)),  # dropout 280, bias 319; 128 x 128 spills
     Row("hopper", 2, 128, 4, Config(64, 32, 4, 2)),  # the largest without a spill
-    Row("hopper", 2, 256, 0, Config(64, 64, 8, 2)),  # as large as shared memory allows with two stages
+    Row("hopper", 2, 256, 0, Config(64, 32, 8, 2)),  # 64 x 64 spills with a window
     Row("hopper", 2, 256, 4, Config(32, 32, 4, 2)),
     Row("hopper", 4, 64, 0, Config(128, 64, 8, 3)),
     Row("any", 2, 64, 4, Config(64, 32, 4, 2)),  # "any": the largest that spills neither on sm_80 nor on gfx942
+    Row("any", 2, 128, 0, Config(64, 32, 4, 2)),
     Row("any", 2, 128, 4, Config(64, 32, 8, 1)),
     Row("any", 2, 256, 4, Config(32, 32, 4, 1)),
     Row("any", 4, 128, 4, Config(16, 32, 4, 1)),
@@ -66,7 +67,7 @@ FORWARD = (
 QUERIES = (
     Row("hopper", 2, 64, 4, Config(64, 64, 4, 3)),  # 540, 128 x 64 with 8 warps 523
     Row("hopper", 2, 128, 2, Config(128, 64, 8, 3)),  # 463, dropout 374; 64 x 64 spills
-    Row("hopper", 2, 128, 4, Config(64, 32, 8, 2)),
+    Row("hopper", 2, 128, 4, Config(32, 32, 8, 1)),
     Row("hopper", 2, 256, 0, Config(32, 64, 8, 1)),  # 64 rows spill
     Row("hopper", 2, 256, 2, Config(32, 32, 8, 1)),
     Row("hopper", 2, 256, 4, Config(32, 16, 8, 1)),
@@ -86,7 +87,7 @@ KEYS = (
     Row("hopper", 2, 64, 4, Config(32, 64, 4, 3)),  # dropout 278; 64 x 64 gave 300 and spills
     Row("hopper", 2, 128, 1, Config(32, 128, 8, 3)),  # 500, dropout 387; 64 x 128 is faster and spills
     Row("hopper", 2, 128, 2, Config(32, 128, 8, 2)),  # three stages spill with a bias
-    Row("hopper", 2, 128, 4, Config(32, 64, 8, 2)),
+    Row("hopper", 2, 128, 4, Config(32, 32, 8, 1)),
     Row("hopper", 2, 256, 4, Config(32, 32, 8, 1)),  # 64 keys spill
     Row("hopper", 4, 64, 0, Config(32, 128, 8, 3)),
     Row("any", 2, 64, 4, Config(32, 64, 4, 1)),

@@ -36,7 +36,7 @@ def backward(
     sink_sums = _sink_sums(problem, q) if problem.sinks else rows
     dlse_or_lse = lse if dlse is None else dlse.contiguous()
 
-    tensors = (q, k, v, out, dout, lse, dlse_or_lse, rows, dq, dbias_or_q, sink_sums)
+    tensors: tuple[Tensor, ...] = (q, k, v, out, dout, lse, dlse_or_lse, rows, dq, dbias_or_q, sink_sums)
     launch.run(query_pass.queries_kernel, problem, call, tensors, query_pass.prepare, (kind, dlse is not None))
 
     first_rows, end_rows = (

@@ -50,6 +50,32 @@ def keep_mask(rng: Tensor, dropout_p: float, batch_head: Tensor, row: Tensor, co
     return bits >= threshold(dropout_p)
 
 
+def keep_tile(
+    rng: Tensor, dropout_p: float, batch_head: Tensor, rows: tuple[int, int], columns: tuple[int, int]
+) -> Tensor:
+    """`keep_mask` of the rows and columns [first, end) of a tile, boolean, (*batch_head.shape, rows, columns).
+
+    It calls Philox once for the eight elements that share a call, where `keep_mask` calls it for each.
+    """
+    # Blocks of 16 x 16 elements, in which bit 3 of a row and bits 3 and 0 of a column pick the word and its half.
+    tops, lefts = (torch.arange(first // 16, -(-end // 16), device=rng.device) * 16 for first, end in (rows, columns))
+    eight = torch.arange(8, device=rng.device)
+    row, column = (tops[:, None] + eight).flatten(), (lefts[:, None] + 2 * eight[:4]).flatten()
+    counters = (row[:, None], column, batch_head[..., None, None] & _LOW, rng[1] & _LOW)
+    words = _philox(*counters, rng[0] & _LOW, (rng[0] >> 32) & _LOW)
+    shape = (*batch_head.shape, len(tops), 8, len(lefts), 4)
+    keep = torch.empty((*batch_head.shape, len(tops), 2, 8, len(lefts), 2, 4, 2), dtype=torch.bool, device=rng.device)
+    dropped_below = threshold(dropout_p)
+    for index, word in enumerate(words):
+        word = word.expand(*batch_head.shape, len(row), len(column)).view(shape)
+        halves = keep[..., index // 2, :, :, index % 2, :, :]
+        halves[..., 0] = (word & 0xFFFF) >= dropped_below
+        halves[..., 1] = word >= dropped_below << 16
+    whole = keep.view(*batch_head.shape, len(tops) * 16, len(lefts) * 16)
+    top, left = rows[0] % 16, columns[0] % 16
+    return whole[..., top : top + rows[1] - rows[0], left : left + columns[1] - columns[0]]
+
+
 def _philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, k0: Tensor, k1: Tensor) -> tuple[Tensor, ...]:
     """Philox-4x32 on uint32 values held in int64: products wrap modulo 2**64, so the high word needs one mask."""
     for _ in range(ROUNDS):

@@ -175,8 +175,7 @@ class _Keys:
         if problem.dropout_p > 0:
             keep = 1 / (1 - problem.dropout_p) if problem.dropout_p < 1 else 0.0
             kept = weights * keep
-            for values in (kept, dweights.mul_(keep)):
-                scoring.drop(tile, values)
+            scoring.drop(tile, kept, dweights.mul_(keep))
         dscores = dweights.sub_(rows.delta).mul_(weights)
         for values in (kept, dscores):
             scoring.hide(tile, values, 0.0)

@@ -1,7 +1,7 @@
 """PyTorch's own CPU flash kernel, where it computes exactly what is asked for: in float32 it is as fast as tiles are.
 
-Its half-precision products run without the CPU's bfloat16 instructions at a quarter of their speed, so bfloat16 is not
-given to it.
+Half precision is not given to it: its products leave the CPU's bfloat16 instructions unused, and its float16 backward
+takes ten times as long as one in float32. In float64 it is no faster.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def serves(problem: Problem) -> bool:
 
     A scale of 0 makes that kernel's causal scores NaN: it hides keys before it scales.
     """
-    if problem.device != "cpu" or problem.dtype == torch.bfloat16 or problem.scale == 0:
+    if problem.device != "cpu" or problem.dtype != torch.float32 or problem.scale == 0:
         return False
     masked = problem.table or problem.window_left is not None or problem.window_right not in (None, 0)
     rectangular_causal = problem.window_right == 0 and problem.q_len != problem.k_len

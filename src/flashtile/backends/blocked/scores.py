@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flashtile.backends.blocked.intervals import Intervals, Tile
 from flashtile.backends.blocked.slabs import Slab
-from flashtile.dropout import keep_mask
+from flashtile.dropout import keep_tile
 from flashtile.problem import Call, Problem
 
 LOG2E = math.log2(math.e)
@@ -154,18 +154,19 @@ class Scoring:
             if filled is not None:
                 view.bitwise_or_(filled)
 
-    def drop(self, tile: Tile, values: Tensor) -> None:
-        """Zeroes what dropout drops, in place; the factor of what it keeps is left to the caller."""
-        slab, problem, device = self.slab, self.problem, values.device
+    def drop(self, tile: Tile, *values: Tensor) -> None:
+        """Zeroes what dropout drops, in place in each of `values`; the factor of what it keeps is the caller's."""
+        slab, problem, device = self.slab, self.problem, values[0].device
         assert self.call.rng is not None
         batch = torch.arange(slab.batch.start, slab.batch.stop, device=device)[:, None]
         head = torch.arange(slab.heads.start, slab.heads.stop, device=device)
-        batch_head = (batch * problem.q_heads + head).view(len(batch), -1, 1, slab.group, 1)
-        row = torch.arange(tile.row, tile.row_end, device=device)[:, None, None]
-        column = torch.arange(tile.column, tile.column_end, device=device)
-        bits = _BITS[values.element_size()]
-        keep = keep_mask(self.call.rng, problem.dropout_p, batch_head, row, column)
-        self.by_head(tile, values).view(bits).bitwise_and_(keep.to(bits).neg_())
+        batch_head = (batch * problem.q_heads + head).unflatten(1, (-1, slab.group))  # [batch, kv, group]
+        keep = keep_tile(
+            self.call.rng, problem.dropout_p, batch_head, (tile.row, tile.row_end), (tile.column, tile.column_end)
+        )
+        kept = keep.transpose(2, 3).to(_BITS[values[0].element_size()]).neg_()
+        for value in values:
+            self.by_head(tile, value).view(kept.dtype).bitwise_and_(kept)
 
 
 def lead(units: int) -> tuple[int, ...]:

@@ -52,7 +52,10 @@ def backward(
     delta = torch.full_like(lse, 0.0)
     dbias = None
     if bias_grad and call.bias is not None:
-        dbias = torch.zeros(call.bias.shape, dtype=problem.lse_dtype, device=lse.device)
+        # Where nothing is broadcast, no element is added to twice.
+        whole = problem.bias_shape == (problem.batch, problem.q_heads, problem.q_len, problem.k_len)
+        dtype = call.bias.dtype if whole else problem.lse_dtype
+        dbias = torch.zeros(call.bias.shape, dtype=dtype, device=lse.device)
     config, scratch = pick_backward(problem), Scratch(call.q)
     for slab in slabs(problem, call, config):
         part = _Keys(problem, call, slab, scratch, (out, lse, dout, dlse), delta)
@@ -167,20 +170,22 @@ class _Keys:
         problem, scoring = self.problem, self.scoring
         scores = self._widened("scores", self._product("products", rows.q, k, factor(problem)))
         scoring.bend(scores)
-        slope = 1 - (scores / (problem.softcap * LOG2E)).square_() if problem.softcap > 0 else None
+        slope = scoring.slope(scores)
         scoring.add(tile, scores)
         weights = scores.sub_(rows.lse).exp2_()
         dweights = self._widened("dscores", self._product("dweights", rows.do, v))
         kept = weights
         if problem.dropout_p > 0:
             keep = 1 / (1 - problem.dropout_p) if problem.dropout_p < 1 else 0.0
-            kept = weights * keep
+            kept = torch.mul(weights, keep, out=self.scratch.take("kept", tuple(weights.shape), self.wide))
             scoring.drop(tile, kept, dweights.mul_(keep))
         dscores = dweights.sub_(rows.delta).mul_(weights)
         for values in (kept, dscores):
             scoring.hide(tile, values, 0.0)
         self._add_bias_gradient(tile, dscores)
-        return kept.to(self.narrow), (dscores if slope is None else dscores.mul_(slope)).to(self.narrow)
+        if slope is not None:
+            dscores *= slope
+        return self._narrowed("products", kept), self._narrowed("dweights", dscores)
 
     def _product(self, name: str, left: Tensor, right: Tensor, alpha: float = 1.0) -> Tensor:
         """alpha * left right^T."""
@@ -191,6 +196,11 @@ class _Keys:
         if self.narrow == self.wide:
             return values
         return self.scratch.take(name, tuple(values.shape), self.wide).copy_(values)
+
+    def _narrowed(self, name: str, values: Tensor) -> Tensor:
+        if self.narrow == self.wide:
+            return values
+        return self.scratch.take(name, tuple(values.shape), self.narrow).copy_(values)
 
     def _add_bias_gradient(self, tile: Tile, dscores: Tensor) -> None:
         """Adds a tile's dS to the gradient of the bias, summed over the dimensions that the bias broadcasts."""

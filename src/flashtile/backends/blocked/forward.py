@@ -106,7 +106,8 @@ class _Rows:
         scores = products if self.narrow == self.wide else self.scratch.take("scores", shape, self.wide)
         self._score(tile, product(products, q, k.mT, factor(self.problem)), scores)
         if not self.bounded:
-            _follow(scores.sub_(m), m, l, o)
+            _follow(scores, m, l, o)
+            scores.sub_(m)
         weights = scores.exp2_()
         l += weights.sum(-1, keepdim=True)
         if self.problem.dropout_p > 0:
@@ -141,8 +142,11 @@ class _Rows:
 
 
 def _follow(scores: Tensor, m: Tensor, l: Tensor, o: Tensor) -> None:
-    """Moves m of rows that saw nothing before or whose scores (less m) passed it, and all that is relative to m."""
-    top = scores.amax(-1, keepdim=True)
+    """Moves m of rows that saw nothing before or whose scores passed it, and all that is relative to m.
+
+    The scores themselves are left: less the m of far-away ALiBi keys, those near by would lose their digits.
+    """
+    top = scores.amax(-1, keepdim=True) - m
     fresh = l == 0
     # A comparison on the host would wait for any other device.
     if scores.device.type == "cpu" and not bool(((top > _SLACK) | fresh).any()):
@@ -153,4 +157,3 @@ def _follow(scores: Tensor, m: Tensor, l: Tensor, o: Tensor) -> None:
     m += rise
     l *= shrink
     o *= shrink
-    scores -= rise

@@ -218,3 +218,22 @@ def test_scores_may_be_shifted(backend: str, device: str) -> None:
     torch.testing.assert_close(results["out"], without["out"])
     torch.testing.assert_close(results["lse"], without["lse"] + inputs.bias.squeeze(-1))
     torch.testing.assert_close(results["dbias"], torch.zeros_like(results["dbias"]), rtol=0, atol=1e-5)
+
+
+@every_place
+def test_far_keys_of_alibi_cost_near_ones_no_digits(backend: str, device: str) -> None:
+    """The first tiles' scores lie near -1000: what is taken relative to them loses the digits of a score near 0."""
+    length = 512 if device == "cpu" and backend == "triton" else 4096
+    chosen = Case("alibi-far", "", batch=1, q_len=8, k_len=length, dim=16, heads=2, kv_heads=2)
+    inputs = build(chosen, torch.float32, device)
+    slopes = torch.tensor([2.0, 0.5], device=device)
+
+    def attend(dtype: torch.dtype, backend: str) -> Tensor:
+        q, k, v = (tensor.detach().to(dtype) for tensor in (inputs.q, inputs.k, inputs.v))
+        out = flashtile.attention(q, k, v, alibi_slopes=slopes.to(dtype), causal=True, backend=backend)
+        assert isinstance(out, Tensor)
+        return out
+
+    torch.testing.assert_close(
+        attend(torch.float32, backend).double(), attend(torch.float64, "reference"), rtol=0, atol=2e-6
+    )

@@ -50,9 +50,9 @@ def _attend(
     problem: Problem, call: Call, slab: Slab, config: Config, scratch: Scratch, out: Tensor, lse: Tensor
 ) -> None:
     """One slab: writes out [batch, kv, q_len, group, v_dim] and lse [batch, kv, q_len, group]."""
-    rows = _Rows(problem, call, slab, scratch)
-    back = slab.mask.transposed()
     step = max(config.rows // slab.group, 1)
+    rows = _Rows(problem, call, slab, scratch, once=slab.q_len <= step)
+    back = slab.mask.transposed()
     for row in range(0, slab.q_len, step):
         row_end = min(row + step, slab.q_len)
         rows.start(row, row_end)
@@ -66,14 +66,15 @@ def _attend(
 class _Rows:
     """The running softmax of a block of rows; its tensors are [(units,) rows * group, ...]."""
 
-    def __init__(self, problem: Problem, call: Call, slab: Slab, scratch: Scratch) -> None:
+    def __init__(self, problem: Problem, call: Call, slab: Slab, scratch: Scratch, once: bool) -> None:
+        """once: there is one block of rows, so that each key is read once."""
         assert call.k is not None and call.v is not None
         self.problem, self.group, self.scratch = problem, slab.group, scratch
         self.scoring = Scoring(problem, call, slab, scratch)
         self.narrow, self.wide = working_dtype(problem), problem.lse_dtype
-        q, k = slab.of_queries(call.q), slab.of_keys(call.k)
-        self.q, self.k = scratch.pack("q", q, self.narrow), scratch.pack("k", k, self.narrow)
-        self.v = scratch.pack("v", slab.of_keys(call.v), self.narrow)
+        self.q = scratch.pack("q", slab.of_queries(call.q), self.narrow)
+        self.k = scratch.pack("k", slab.of_keys(call.k), self.narrow, once=once)
+        self.v = scratch.pack("v", slab.of_keys(call.v), self.narrow, once=once)
         self.bounded = self._bounded(slab)
         self.sinks = None if call.sinks is None else slab.of_heads(call.sinks).to(self.wide)
 

@@ -49,9 +49,16 @@ class Scratch:
     def zeros(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return self.take(name, shape, dtype).zero_()
 
-    def pack(self, name: str, rows: Tensor, dtype: torch.dtype, columns: tuple[Tensor | float, ...] = ()) -> Tensor:
-        """A view [batch, kv, ..., dim] as [(units,) rows, dim + columns], contiguous, in the working dtype."""
+    def pack(
+        self, name: str, rows: Tensor, dtype: torch.dtype, columns: tuple[Tensor | float, ...] = (), once: bool = False
+    ) -> Tensor:
+        """A view [batch, kv, ..., dim] as [(units,) rows, dim + columns], contiguous, in the working dtype.
+
+        once: it is read once only, which does not pay for a copy where the view will do.
+        """
         units, dim = rows.shape[0] * rows.shape[1], rows.shape[-1]
+        if once and rows.ndim == 4 and rows.dtype == dtype and 1 in rows.shape[:2]:
+            return rows.flatten(0, 1) if units > 1 else rows[0, 0]
         packed = self.take(name, (*rows.shape[:-1], dim + len(columns)), dtype)
         packed[..., :dim] = rows
         for index, column in enumerate(columns):
@@ -59,9 +66,11 @@ class Scratch:
         return packed.view(*lead(units), -1, dim + len(columns))
 
     def block(self, name: str, matrices: Tensor, first: int, count: int) -> Tensor:
-        """Rows of [(units,) rows, dim], contiguous: oneDNN would copy them itself, and transposed, which is slow."""
+        """Rows of [(units,) rows, dim], contiguous in bfloat16: oneDNN would copy them itself, and transposed."""
         rows = matrices.narrow(-2, first, count)
-        return rows if rows.is_contiguous() else self.take(name, tuple(rows.shape), rows.dtype).copy_(rows)
+        if rows.is_contiguous() or rows.dtype != torch.bfloat16:
+            return rows
+        return self.take(name, tuple(rows.shape), rows.dtype).copy_(rows)
 
     def add_product(self, total: Tensor, left: Tensor, right: Tensor) -> None:
         """total += left right. An addition of mixed dtypes would allocate memory for a widened copy."""

@@ -32,10 +32,11 @@ def start(way: str, folder: Path) -> list[str]:
         for rank in range(ranks.RANKS)
     ]
     try:
-        outputs = [process.communicate(timeout=120) for process in processes]
+        outputs = [process.communicate(timeout=240) for process in processes]
     finally:
         for process in processes:
             process.kill()
+            process.communicate()
     if any(process.returncode for process in processes):
         raise AssertionError("\n".join(stderr for _, stderr in outputs))
     return [stdout.strip() for stdout, _ in outputs]

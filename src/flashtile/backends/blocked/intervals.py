@@ -119,9 +119,10 @@ def cover(intervals: Intervals, back: Intervals, row: int, row_end: int, size: i
 
 def _cut_edge(back: Intervals, row: int, row_end: int, pieces: Iterator[tuple[int, int]]) -> Iterator[Tile]:
     for column, column_end in pieces:
-        first = max(row, row + (back.first(column) - row) // GRID * GRID)
-        end = min(row_end, row + -(-(back.end(column_end - 1) - row) // GRID) * GRID)
+        first, end = max(row, back.first(column)), min(row_end, back.end(column_end - 1))
         if first < end:
+            first -= (first - row) % GRID
+            end = min(row_end, end + (row - end) % GRID)
             yield Tile(first, end, column, column_end, True)
 
 

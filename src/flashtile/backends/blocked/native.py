@@ -22,11 +22,11 @@ _MANY = 2**17
 def serves(problem: Problem) -> bool:
     """True for full or square causal attention with equal heads and head dims and nothing else.
 
-    A scale of 0 makes that kernel's causal scores NaN: it hides keys before it scales.
+    That kernel hides keys before it scales: a scale of 0 or below makes their scores NaN or infinite.
     """
     few = problem.batch * problem.q_heads * problem.q_len * problem.k_len < _MANY
     fast = problem.dtype == torch.float32 or (problem.dtype == torch.bfloat16 and few)
-    if problem.device != "cpu" or not fast or problem.scale == 0:
+    if problem.device != "cpu" or not fast or problem.scale <= 0:
         return False
     masked = problem.table or problem.window_left is not None or problem.window_right not in (None, 0)
     rectangular_causal = problem.window_right == 0 and problem.q_len != problem.k_len

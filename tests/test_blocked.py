@@ -40,8 +40,8 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def use(monkeypatch: pytest.MonkeyPatch, config: configs.Config, grid: int = 8) -> None:
     monkeypatch.setattr(intervals, "GRID", grid)
-    monkeypatch.setattr(configs, "FORWARD", ((1, config),))
-    monkeypatch.setattr(configs, "BACKWARD", ((1, config),))
+    for module in (FORWARD, BACKWARD):
+        monkeypatch.setattr(module, "pick", lambda problem: config)
 
 
 def qkv(*shape: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
@@ -134,7 +134,7 @@ def test_few_hidden_scores_are_computed(mask: Mask, at_most: float) -> None:
     length = 4096
     lo, hi = interval_rows(lower(mask, length, length), length, length)
     visible = int((hi - lo).clamp(min=0).sum())
-    for config in (configs.FORWARD[0][1], configs.BACKWARD[0][1]):
+    for config in (configs.MANY_HEADS, configs.WIDE):
         tiles = all_tiles(intervals_of(mask, length, length), config.rows, config.keys, config.edge)
         computed = sum((t.row_end - t.row) * (t.column_end - t.column) for t in tiles)
         assert visible <= computed <= at_most * visible
@@ -453,10 +453,16 @@ def test_dropout_of_a_tile_is_that_of_its_elements(p: float, row: int, rows: int
 
 
 def test_few_heads_get_larger_tiles() -> None:
-    many, few = replace(PLAIN, q_heads=8, kv_heads=8), replace(PLAIN, q_heads=1, kv_heads=1)
-    for pick in (configs.pick_forward, configs.pick_backward):
-        assert pick(few).rows * pick(few).keys > pick(many).rows * pick(many).keys
-        assert pick(replace(many, batch=64)) == pick(many)
+    many = replace(PLAIN, dtype=torch.bfloat16)
+    assert configs.pick(many) == configs.MANY_HEADS
+    assert configs.pick(replace(many, q_heads=1, kv_heads=1, batch=64)) == configs.MANY_HEADS
+    assert configs.pick(replace(many, q_heads=32, kv_heads=1)) == configs.FEW_HEADS
+    assert configs.pick(replace(many, batch=64, kv_heads=1, varlen=True)) == configs.FEW_HEADS
+
+
+def test_wider_dtypes_get_smaller_tiles() -> None:
+    for dtype in (torch.float16, torch.float32, torch.float64):
+        assert configs.pick(replace(PLAIN, dtype=dtype)) == configs.WIDE
 
 
 @pytest.mark.parametrize("name", ["units", "rows", "keys", "edge"])

@@ -28,29 +28,22 @@ class Config:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
 
 
-# First match wins: (the fewest pairs of batch entry and key-value head, config).
-FORWARD = (
-    (8, Config(units=8, rows=512, keys=512, edge=128)),
-    (1, Config(units=2, rows=1024, keys=1024, edge=256)),
-)
-BACKWARD = (
-    (4, Config(units=4, rows=512, keys=1024, edge=256)),
-    (1, Config(units=2, rows=1024, keys=1024, edge=512)),
-)
+# Scratch memory is units * rows * keys scores: a few megabytes, whatever the lengths. Milliseconds are those of B1 H8
+# N4096 on two cores with AVX-512 BF16, forward (full, causal) and backward; docs/kernels/blocked.md has the neighbours.
+MANY_HEADS = Config(
+    units=4, rows=512, keys=1024, edge=256
+)  # bfloat16, D64: 76, 55 and 173, 118; 8x512x512: 76, 55, 180, 120
+FEW_HEADS = Config(units=2, rows=1024, keys=1024, edge=256)  # bfloat16, one head, D64: 10; 512x512: 13
+WIDE = Config(units=2, rows=512, keys=512, edge=256)  # float32, D64: 211, 124 and 524, 300; 4x512x1024: -, -, 597, 329
 
 
-def pick_forward(problem: Problem) -> Config:
-    return _pick(FORWARD, problem)
-
-
-def pick_backward(problem: Problem) -> Config:
-    return _pick(BACKWARD, problem)
-
-
-def _pick(table: tuple[tuple[int, Config], ...], problem: Problem) -> Config:
+def pick(problem: Problem) -> Config:
+    """The tile sizes of a problem, forward and backward."""
+    if working_dtype(problem) != torch.bfloat16:
+        return WIDE
     # Packed sequences are computed one by one.
     pairs = problem.kv_heads * (1 if problem.varlen else problem.batch)
-    return next(config for least, config in table if pairs >= least)
+    return MANY_HEADS if pairs >= MANY_HEADS.units else FEW_HEADS
 
 
 # Below this head dim a product costs less than rounding its operands and widening its result.

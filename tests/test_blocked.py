@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
 
@@ -40,8 +41,8 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def use(monkeypatch: pytest.MonkeyPatch, config: configs.Config, grid: int = 8) -> None:
     monkeypatch.setattr(intervals, "GRID", grid)
-    for module in (FORWARD, BACKWARD):
-        monkeypatch.setattr(module, "pick", lambda problem: config)
+    monkeypatch.setattr(FORWARD, "pick_forward", lambda problem: config)
+    monkeypatch.setattr(BACKWARD, "pick_backward", lambda problem: config)
 
 
 def qkv(*shape: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
@@ -452,17 +453,15 @@ def test_dropout_of_a_tile_is_that_of_its_elements(p: float, row: int, rows: int
 # Configurations
 
 
-def test_few_heads_get_larger_tiles() -> None:
+@pytest.mark.parametrize("pick", [configs.pick_forward, configs.pick_backward])
+def test_tiles_follow_heads_and_dtype(pick: Callable[[Problem], configs.Config]) -> None:
     many = replace(PLAIN, dtype=torch.bfloat16)
-    assert configs.pick(many) == configs.MANY_HEADS
-    assert configs.pick(replace(many, q_heads=1, kv_heads=1, batch=64)) == configs.MANY_HEADS
-    assert configs.pick(replace(many, q_heads=32, kv_heads=1)) == configs.FEW_HEADS
-    assert configs.pick(replace(many, batch=64, kv_heads=1, varlen=True)) == configs.FEW_HEADS
-
-
-def test_wider_dtypes_get_smaller_tiles() -> None:
+    assert pick(many) == configs.MANY_HEADS
+    assert pick(replace(many, q_heads=1, kv_heads=1, batch=64)) == configs.MANY_HEADS
+    assert pick(replace(many, q_heads=32, kv_heads=1)) == configs.FEW_HEADS
+    assert pick(replace(many, batch=64, kv_heads=1, varlen=True)) == configs.FEW_HEADS
     for dtype in (torch.float16, torch.float32, torch.float64):
-        assert configs.pick(replace(PLAIN, dtype=dtype)) == configs.WIDE
+        assert pick(replace(many, dtype=dtype)) == configs.WIDE
 
 
 @pytest.mark.parametrize("name", ["units", "rows", "keys", "edge"])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from flashtile.backends.blocked import native
-from flashtile.backends.blocked.configs import Config, pick, working_dtype
+from flashtile.backends.blocked.configs import Config, pick_backward, working_dtype
 from flashtile.backends.blocked.intervals import Tile, cover
 from flashtile.backends.blocked.scores import (
     LOG2E,
@@ -56,7 +56,7 @@ def backward(
         whole = problem.bias_shape == (problem.batch, problem.q_heads, problem.q_len, problem.k_len)
         dtype = call.bias.dtype if whole else problem.lse_dtype
         dbias = torch.zeros(call.bias.shape, dtype=dtype, device=lse.device)
-    config, scratch = pick(problem), Scratch(call.q)
+    config, scratch = pick_backward(problem), Scratch(call.q)
     for slab in slabs(problem, call, config):
         part = _Keys(problem, call, slab, scratch, (out, lse, dout, dlse), delta)
         part.dbias = None if dbias is None else slab.of_bias(dbias)

@@ -28,17 +28,29 @@ class Config:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
 
 
-# Scratch memory is units * rows * keys scores: a few megabytes, whatever the lengths. Milliseconds are those of B1 H8
-# N4096 on two cores with AVX-512 BF16, forward (full, causal) and backward; docs/kernels/blocked.md has the neighbours.
-MANY_HEADS = Config(
-    units=4, rows=512, keys=1024, edge=256
-)  # bfloat16, D64: 76, 55 and 173, 118; 8x512x512: 76, 55, 180, 120
-FEW_HEADS = Config(units=2, rows=1024, keys=1024, edge=256)  # bfloat16, one head, D64: 10; 512x512: 13
-WIDE = Config(units=2, rows=512, keys=512, edge=256)  # float32, D64: 211, 124 and 524, 300; 4x512x1024: -, -, 597, 329
+# Scratch memory is that of a few times units * rows * keys scores, whatever the lengths. Milliseconds: B1 H8 N4096 D64 on
+# two cores with AVX-512 BF16, forward full and causal, backward full and causal; docs/kernels/blocked.md says more.
+
+# bfloat16: 76, 55, 173, 118. With 8 x 512 x 512: 76, 55, 180, 120; with 2 x 1024 x 1024: 78, 60, 176, 125.
+MANY_HEADS = Config(units=4, rows=512, keys=1024, edge=256)
+
+# bfloat16, one head alone: 9.6 forward; with 512 x 1024: 10.8, with 512 x 512: 13.3.
+FEW_HEADS = Config(units=2, rows=1024, keys=1024, edge=256)
+
+# float32: 211, 124, 524, 300. With 8 x 512 x 512: 228, 129, 570, 314; with 4 x 512 x 1024, backward: 597, 329.
+WIDE = Config(units=2, rows=512, keys=512, edge=256)
 
 
-def pick(problem: Problem) -> Config:
-    """The tile sizes of a problem, forward and backward."""
+def pick_forward(problem: Problem) -> Config:
+    return _pick(problem)
+
+
+def pick_backward(problem: Problem) -> Config:
+    return _pick(problem)
+
+
+def _pick(problem: Problem) -> Config:
+    """Forward and backward want the same tiles, as measured so far."""
     if working_dtype(problem) != torch.bfloat16:
         return WIDE
     # Packed sequences are computed one by one.

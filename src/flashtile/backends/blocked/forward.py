@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from flashtile.backends.blocked import native
-from flashtile.backends.blocked.configs import Config, pick, working_dtype
+from flashtile.backends.blocked.configs import Config, pick_forward, working_dtype
 from flashtile.backends.blocked.intervals import Tile, cover
 from flashtile.backends.blocked.scores import Scoring, Scratch, factor, product
 from flashtile.backends.blocked.slabs import Slab, slabs
@@ -40,7 +40,7 @@ def forward(problem: Problem, call: Call, out: Tensor | None = None) -> tuple[Te
     if problem.varlen:
         out.zero_()
         lse.fill_(-torch.inf)
-    config, scratch = pick(problem), Scratch(call.q)
+    config, scratch = pick_forward(problem), Scratch(call.q)
     for slab in slabs(problem, call, config):
         _attend(problem, call, slab, config, scratch, slab.of_queries(out), slab.of_lse(lse))
     return out, lse

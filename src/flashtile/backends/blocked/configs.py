@@ -28,7 +28,7 @@ class Config:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
 
 
-# Scratch memory is that of a few times units * rows * keys scores, whatever the lengths. Milliseconds: B1 H8 N4096 D64 on
+# Scratch memory is a few times units * rows * keys scores, whatever the lengths. Milliseconds: B1 H8 N4096 D64 on
 # two cores with AVX-512 BF16, forward full and causal, backward full and causal; docs/kernels/blocked.md says more.
 
 # bfloat16: 76, 55, 173, 118. With 8 x 512 x 512: 76, 55, 180, 120; with 2 x 1024 x 1024: 78, 60, 176, 125.

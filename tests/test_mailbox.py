@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import flashtile
-from flashtile.backends.triton import mailbox
+from flashtile.gpu import mailbox
 from flashtile.problem import Call
 from flashtile.validation import describe
 

@@ -97,6 +97,6 @@ def check_device_errors(device: torch.device | str | int | None = None) -> None:
         device = None if device is None else torch.device(device)
     except RuntimeError:
         raise ValueError(f"device: got {device!r}, expected a device such as 'cuda:0'") from None
-    mailbox = sys.modules.get("flashtile.backends.triton.mailbox")
+    mailbox = sys.modules.get("flashtile.gpu.mailbox")
     if mailbox is not None:  # else no kernel has run
         mailbox.check(device)

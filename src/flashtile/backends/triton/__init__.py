@@ -11,7 +11,7 @@ import os
 import torch
 from torch import Tensor
 
-from flashtile.backends.triton import mailbox
+from flashtile.gpu import mailbox
 from flashtile.problem import Call, Problem
 
 __all__ = ["backward", "forward", "supports"]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flashtile.backends.triton import bias_gradient, key_pass, launch, query_pass
+from flashtile.gpu import arguments
 from flashtile.masks import rows_seeing
 from flashtile.problem import Call, Problem
 
@@ -32,7 +33,7 @@ def backward(
     kind = bias_gradient.kind(problem) if bias_grad else "none"
     partial = bias_gradient.allocate(problem, call, kind)
     dbias_or_q = q if partial is None else partial
-    rows = torch.empty(2, launch.scratch_rows(problem), dtype=torch.float32, device=q.device)
+    rows = torch.empty(2, arguments.scratch_rows(problem), dtype=torch.float32, device=q.device)
     sink_sums = _sink_sums(problem, q) if problem.sinks else rows
     dlse_or_lse = lse if dlse is None else dlse.contiguous()
 

@@ -15,23 +15,16 @@ import triton.language as tl
 from torch import Tensor
 
 from flashtile.backends.triton import configs, launch
-from flashtile.backends.triton.tiles import (
-    dot,
-    interval,
-    keep,
-    load_bias,
-    load_tile,
-    offsets,
-    random_state,
-    score,
-    scratch_row,
-    sequence,
-    span,
-)
+from flashtile.backends.triton.tiles import dot, load_bias, load_tile, offsets, span
+from flashtile.gpu import arguments
+from flashtile.gpu.intervals import interval
+from flashtile.gpu.philox import keep, random_state
+from flashtile.gpu.scores import score
+from flashtile.gpu.sequences import scratch_row, sequence
 from flashtile.problem import Call, Problem
 
 
-@triton.jit(do_not_specialize=launch.RUNTIME)
+@triton.jit(do_not_specialize=arguments.RUNTIME)
 def bias_kernel(
     q, k, v, do, rows, dbias, bias, slopes, sinks, cu_q, cu_k, lo, hi, rng, mailbox, stride_qb, stride_qm, stride_qh,
     stride_qd, stride_kb, stride_kn, stride_kh, stride_kd, stride_vb, stride_vn, stride_vh, stride_vd, stride_yb,
@@ -173,7 +166,7 @@ def prepare(problem: Problem, call: Call, tensors: tuple[Tensor, ...], variant: 
     tiles = triton.cdiv(problem.q_len, config.BLOCK_M)
     values = {
         **launch.strides(problem, call, {"q": q, "k": k, "v": v, "y": dout}, {"g": dbias}),
-        **launch.scalars(problem, call),
+        **arguments.scalars(problem, call),
         **launch.constants(problem, config),
         "tiles": tiles,
         "repeat_b": problem.batch // batch,

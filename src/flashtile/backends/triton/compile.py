@@ -18,6 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from flashtile.backends.triton import bias_gradient, forward_pass, key_pass, launch, query_pass
+from flashtile.gpu import arguments
 from flashtile.problem import Call, Problem
 
 _POINTER = {
@@ -70,14 +71,14 @@ def compiled(name: str, problem: Problem, target_name: str) -> Any:
             attributes[(index,)] = [["tt.divisibility", 16]]
             continue
         value = plan.values[argument]
-        if argument in constexprs or (argument not in launch.RUNTIME and isinstance(value, int) and value == 1):
+        if argument in constexprs or (argument not in arguments.RUNTIME and isinstance(value, int) and value == 1):
             signature[argument] = "constexpr"
             constants[(index,)] = value
         elif isinstance(value, float):
             signature[argument] = "fp32"
         else:
             signature[argument] = "i64" if abs(value) >= 2**31 else "i32"
-            if argument not in launch.RUNTIME and value % 16 == 0:
+            if argument not in arguments.RUNTIME and value % 16 == 0:
                 attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
     return triton.compile(source, target=target(target_name), options=plan.config.options)
@@ -90,7 +91,7 @@ def _launch(name: str, problem: Problem) -> tuple[Any, tuple[Tensor, ...], launc
     assert k is not None and v is not None
     out = q.new_empty(problem.out_shape)
     lse = q.new_empty(problem.lse_shape, dtype=torch.float32)
-    extras = launch.extras(call)
+    extras = arguments.extras(call)
     kind = bias_gradient.kind(problem) if problem.bias == "additive" else "none"
     dbias = bias_gradient.allocate(problem, call, kind)
     dbias = q if dbias is None else dbias
@@ -99,7 +100,7 @@ def _launch(name: str, problem: Problem) -> tuple[Any, tuple[Tensor, ...], launc
     if name == "forward":
         tensors = (q, k, v, out, lse, *extras)
         return forward_pass.forward_kernel, tensors, forward_pass.prepare(problem, call, tensors, ())
-    rows = lse.new_empty(2, launch.scratch_rows(problem))
+    rows = lse.new_empty(2, arguments.scratch_rows(problem))
     if name == "queries":
         tensors = (q, k, v, out, out, lse, lse, rows, q, dbias, rows, *extras)
         return query_pass.queries_kernel, tensors, query_pass.prepare(problem, call, tensors, (kind, False))

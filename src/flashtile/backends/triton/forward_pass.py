@@ -14,25 +14,12 @@ import triton.language as tl
 from torch import Tensor
 
 from flashtile.backends.triton import configs, launch
-from flashtile.backends.triton.tiles import (
-    LN2,
-    LOG2E,
-    blank,
-    dot,
-    dot_add,
-    interval,
-    keep,
-    load_bias,
-    load_tile,
-    offsets,
-    past_end,
-    place,
-    random_state,
-    score,
-    sequence,
-    span,
-    split,
-)
+from flashtile.backends.triton.tiles import blank, dot, dot_add, load_bias, load_tile, offsets, span
+from flashtile.gpu import arguments
+from flashtile.gpu.intervals import interval, split
+from flashtile.gpu.philox import keep, random_state
+from flashtile.gpu.scores import LN2, LOG2E, score
+from flashtile.gpu.sequences import past_end, place, sequence
 from flashtile.problem import Call, Problem
 
 
@@ -90,7 +77,7 @@ def _walk(
     return o, l, m
 
 
-@triton.jit(do_not_specialize=launch.RUNTIME)
+@triton.jit(do_not_specialize=arguments.RUNTIME)
 def forward_kernel(
     q, k, v, out, lse, bias, slopes, sinks, cu_q, cu_k, lo, hi, rng, mailbox, stride_qb, stride_qm, stride_qh,
     stride_qd, stride_kb, stride_kn, stride_kh, stride_kd, stride_vb, stride_vn, stride_vh, stride_vd, stride_ob,
@@ -210,12 +197,12 @@ def prepare(problem: Problem, call: Call, tensors: tuple[Tensor, ...], variant: 
     q, k, v, out = tensors[:4]
     values = {
         **launch.strides(problem, call, {"q": q, "k": k, "v": v, "o": out}, {}),
-        **launch.scalars(problem, call),
+        **arguments.scalars(problem, call),
         **launch.constants(problem, config),
         "tiles": tiles,
         "programs": programs,
-        "section": launch.section(problem, problem.k_len, problem.group),
+        "section": arguments.section(problem, problem.k_len, problem.group),
         "SINKS": problem.sinks,
-        "FOLD": not launch.changes_scores(problem) and problem.scale > 0,
+        "FOLD": not arguments.changes_scores(problem) and problem.scale > 0,
     }
     return launch.Plan(tiles * programs, values, config)

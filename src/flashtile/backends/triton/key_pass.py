@@ -14,24 +14,12 @@ import triton.language as tl
 from torch import Tensor
 
 from flashtile.backends.triton import configs, launch
-from flashtile.backends.triton.tiles import (
-    blank,
-    dot,
-    dot_add,
-    keep,
-    key_interval,
-    load_bias,
-    load_tile,
-    offsets,
-    past_end,
-    place,
-    random_state,
-    score,
-    scratch_row,
-    sequence,
-    span,
-    split,
-)
+from flashtile.backends.triton.tiles import blank, dot, dot_add, load_bias, load_tile, offsets, span
+from flashtile.gpu import arguments
+from flashtile.gpu.intervals import key_interval, split
+from flashtile.gpu.philox import keep, random_state
+from flashtile.gpu.scores import score
+from flashtile.gpu.sequences import past_end, place, scratch_row, sequence
 from flashtile.problem import Call, Problem
 
 
@@ -102,7 +90,7 @@ def _walk_queries(
     return dk, dv_sum
 
 
-@triton.jit(do_not_specialize=launch.RUNTIME)
+@triton.jit(do_not_specialize=arguments.RUNTIME)
 def keys_kernel(
     q, k, v, do, rows, dk, dv, dbias, first_rows, end_rows, bias, slopes, sinks, cu_q, cu_k, lo, hi, rng, mailbox,
     stride_qb, stride_qm, stride_qh, stride_qd, stride_kb, stride_kn, stride_kh, stride_kd, stride_vb, stride_vn,
@@ -212,12 +200,12 @@ def prepare(problem: Problem, call: Call, tensors: tuple[Tensor, ...], variant: 
     q, k, v, dout, _, dk, dv, _, first_rows, *_ = tensors
     values = {
         **launch.strides(problem, call, {"q": q, "k": k, "v": v, "y": dout, "x": dk, "w": dv}, {}),
-        **launch.scalars(problem, call),
+        **arguments.scalars(problem, call),
         **launch.constants(problem, config),
         "stride_tb": first_rows.stride(0) if problem.table and first_rows.shape[0] > 1 else 0,
         "tiles": tiles,
         "programs": programs,
-        "section": launch.section(problem, problem.q_len * problem.group, 1),
+        "section": arguments.section(problem, problem.q_len * problem.group, 1),
         "GROUPED": problem.group > 1,
         "DBIAS": variant[0],
     }

@@ -14,20 +14,9 @@ import torch
 import triton
 from torch import Tensor
 
-from flashtile import dropout
-from flashtile.backends.triton import mailbox
 from flashtile.backends.triton.configs import Config
-from flashtile.backends.triton.tiles import UNLIMITED
+from flashtile.gpu import arguments
 from flashtile.problem import MAX_HEAD_DIM, Call, Problem
-
-# Integers that change from call to call: a kernel specialised on their values would be compiled again and again.
-RUNTIME = [
-    "batch", "heads", "group", "max_q", "max_k", "total_q", "total_k", "tiles", "programs", "section",
-    "left", "right", "threshold", "stride_tb", "stride_sb", "repeat_b", "repeat_h",
-]  # fmt: skip
-
-# What the L2 cache should hold of the keys and values in use; half of an H100's 50 MB, which leaves room for the rest.
-_L2_BYTES = 25 * 2**20
 
 
 class Plan(NamedTuple):
@@ -69,7 +58,7 @@ def run(
     for value in addresses:
         combined |= value
     steps = [tensor.stride() for tensor in tensors]
-    for extra in (*call[3:11], _mailbox(call)):
+    for extra in (*call[3:11], arguments.mailbox_of(call)):
         if extra is None:
             addresses.append(address)
         else:
@@ -84,7 +73,7 @@ def run(
     key = (id(kernel), problem, variant, device, alignment, precision, tables, *steps)
     ready = _ready.get(key)
     if ready is None:
-        _launch_first(kernel, key, prepare(problem, call, tensors, variant), (*tensors, *extras(call)))
+        _launch_first(kernel, key, prepare(problem, call, tensors, variant), (*tensors, *arguments.extras(call)))
     elif device == torch.cuda.current_device():
         _launch_again(ready, device, addresses)
     else:
@@ -110,15 +99,6 @@ def _launch_first(kernel: Any, key: tuple[Any, ...], plan: Plan, tensors: tuple[
     if len(_ready) >= _READY_LIMIT:
         _ready.clear()
     _ready[key] = _Ready(compiled.run, compiled.function, compiled.packed_metadata, plan.programs, tail)
-
-
-def extras(call: Call) -> tuple[Tensor, ...]:
-    """bias, slopes, sinks, cu_q, cu_k, lo, hi, rng, mailbox; q stands in for the absent ones, which nobody reads."""
-    return tuple(call.q if tensor is None else tensor for tensor in (*call[3:11], _mailbox(call)))
-
-
-def _mailbox(call: Call) -> Tensor | None:
-    return None if call.cu_seqlens_q is None else mailbox.of(call.q.device)
 
 
 def strides(problem: Problem, call: Call, dense: dict[str, Tensor], biases: dict[str, Tensor | None]) -> dict[str, Any]:
@@ -184,48 +164,6 @@ def _blocks(problem: Problem, align: int) -> tuple[int, int]:
     return block_d, block_dv
 
 
-def scalars(problem: Problem, call: Call) -> dict[str, Any]:
-    """The numbers that every kernel takes."""
-    slopes = call.alibi_slopes
-    table = call.lo
-    return {
-        "stride_sb": slopes.stride(0) if slopes is not None and slopes.ndim == 2 else 0,
-        "stride_tb": table.stride(0) if table is not None and table.shape[0] > 1 else 0,
-        "batch": problem.batch,
-        "heads": problem.q_heads,
-        "group": problem.group,
-        "max_q": problem.q_len,
-        "max_k": problem.k_len,
-        "total_q": problem.total_q,
-        "total_k": problem.total_k,
-        "padded": _padded_rows(problem),
-        "scratch": scratch_rows(problem),
-        "left": _distance(problem.window_left),
-        "right": _distance(problem.window_right),
-        "scale": float(problem.scale),
-        "softcap": float(problem.softcap),
-        # At dropout_p = 1 keep_scale is 0 and what is kept does not matter.
-        "threshold": min(dropout.threshold(problem.dropout_p), 65535),
-        "keep_scale": 1.0 / (1.0 - problem.dropout_p) if problem.dropout_p < 1.0 else 0.0,
-    }
-
-
-def _padded_rows(problem: Problem) -> int:
-    """Rows of one head (varlen: of all sequences) in the backward's scratch, a multiple of 128 for each sequence."""
-    rows = problem.total_q + 128 * problem.batch if problem.varlen else problem.q_len
-    return -(-rows // 128) * 128
-
-
-def scratch_rows(problem: Problem) -> int:
-    """Rows in the backward's scratch."""
-    return _padded_rows(problem) * problem.q_heads * (1 if problem.varlen else problem.batch)
-
-
-def _distance(side: int | None) -> int:
-    limit: int = UNLIMITED.value
-    return limit if side is None else max(-limit, min(side, limit))
-
-
 def constants(problem: Problem, config: Config) -> dict[str, Any]:
     """The compile-time arguments that every kernel takes."""
     return {
@@ -235,33 +173,15 @@ def constants(problem: Problem, config: Config) -> dict[str, Any]:
         "D": problem.qk_dim,
         "DV": problem.v_dim,
         "VARLEN": problem.varlen,
-        "KIND": mask_kind(problem),
+        "KIND": arguments.mask_kind(problem),
         "LEFT": problem.table or problem.window_left is not None,
-        "SOFTCAP": softcap_kind(problem),
+        "SOFTCAP": arguments.softcap_kind(problem),
         "ALIBI": problem.alibi,
         "BIAS": problem.bias or "none",
         "DROPOUT": problem.dropout_p > 0,
         "PRECISION": float32_precision(problem),
         "WIDEN": problem.device == "cpu",
     }
-
-
-def mask_kind(problem: Problem) -> str:
-    if problem.table:
-        return "table"
-    return "none" if problem.window_left is None and problem.window_right is None else "band"
-
-
-def changes_scores(problem: Problem) -> bool:
-    """True where a score is more than scale * q.k."""
-    return problem.softcap > 0 or problem.alibi or problem.bias is not None
-
-
-def softcap_kind(problem: Problem) -> str:
-    """How tanh is made: NVIDIA's instruction is as good as the 16-bit scores of plain PyTorch, not as float32's."""
-    if problem.softcap == 0:
-        return "none"
-    return "fast" if problem.capability is not None and problem.dtype.itemsize == 2 else "exact"
 
 
 def float32_precision(problem: Problem) -> str:
@@ -271,9 +191,3 @@ def float32_precision(problem: Problem) -> str:
     if torch.backends.cuda.matmul.fp32_precision == "tf32":
         return "tf32"
     return "tf32x3" if problem.capability >= (8, 0) else "ieee"
-
-
-def section(problem: Problem, length: int, group: int) -> int:
-    """Query heads whose keys and values fit the L2 cache together; a multiple of those that share a key-value head."""
-    per_head = max(1, length * (problem.qk_dim + problem.v_dim) * problem.dtype.itemsize)
-    return max(1, _L2_BYTES // per_head) * group

@@ -15,25 +15,12 @@ import triton.language as tl
 from torch import Tensor
 
 from flashtile.backends.triton import configs, launch
-from flashtile.backends.triton.tiles import (
-    LOG2E,
-    blank,
-    dot,
-    dot_add,
-    interval,
-    keep,
-    load_bias,
-    load_tile,
-    offsets,
-    past_end,
-    place,
-    random_state,
-    score,
-    scratch_row,
-    sequence,
-    span,
-    split,
-)
+from flashtile.backends.triton.tiles import blank, dot, dot_add, load_bias, load_tile, offsets, span
+from flashtile.gpu import arguments
+from flashtile.gpu.intervals import interval, split
+from flashtile.gpu.philox import keep, random_state
+from flashtile.gpu.scores import LOG2E, score
+from flashtile.gpu.sequences import past_end, place, scratch_row, sequence
 from flashtile.problem import Call, Problem
 
 
@@ -86,7 +73,7 @@ def _walk_keys(
     return dq, row_sum
 
 
-@triton.jit(do_not_specialize=launch.RUNTIME)
+@triton.jit(do_not_specialize=arguments.RUNTIME)
 def queries_kernel(
     q, k, v, out, do, lse, dlse, rows, dq, dbias, dsinks, bias, slopes, sinks, cu_q, cu_k, lo, hi, rng, mailbox,
     stride_qb, stride_qm, stride_qh, stride_qd, stride_kb, stride_kn, stride_kh, stride_kd, stride_vb, stride_vn,
@@ -215,11 +202,11 @@ def prepare(problem: Problem, call: Call, tensors: tuple[Tensor, ...], variant: 
     dense = {"q": q, "k": k, "v": v, "o": out, "y": dout, "x": dq}
     values = {
         **launch.strides(problem, call, dense, {"g": dbias if kind == "tile" else None}),
-        **launch.scalars(problem, call),
+        **arguments.scalars(problem, call),
         **launch.constants(problem, config),
         "tiles": tiles(problem),
         "programs": programs,
-        "section": launch.section(problem, problem.k_len, problem.group),
+        "section": arguments.section(problem, problem.k_len, problem.group),
         "SINKS": problem.sinks,
         "DBIAS": kind,
         "DLSE": dlse,

@@ -261,7 +261,7 @@ OUT = [
 
 BACKEND = [
     bad_value("backend-unknown", dense(backend="cudnn"), "backend: got 'cudnn'", "'triton'", "'reference'"),
-    bad_value("backend-int", dense(backend=3), "backend: got 3", "expected one of 'triton'"),
+    bad_value("backend-int", dense(backend=3), "backend: got 3", "expected one of 'hopper', 'triton'"),
     bad_value("backend-unknown-empty", dense(q=zeros(2, 0, 4, 8), backend="x"), "backend: got 'x'", "expected"),
     bad_value("use-backend", within_backend("flash", dense()), "backend: got 'flash'", "expected one of"),
     unable(

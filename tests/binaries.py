@@ -7,9 +7,14 @@ other tests use must be off.
 from __future__ import annotations
 
 import json
+import re
+import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -40,13 +45,79 @@ def problems(target: str, dim: int, few: bool) -> Iterator[Problem]:
         yield replace(plain, varlen=True, total_q=9000, total_k=9000, window_left=100)
 
 
+def hopper_problems(few: bool) -> Iterator[Problem]:
+    """Every kind of row in the Hopper backend's tables."""
+    plain = Problem(
+        batch=2, q_len=8192, k_len=8192, q_heads=16, kv_heads=4, qk_dim=128, v_dim=128, dtype=torch.bfloat16,
+        device="cuda", capability=(9, 0), scale=128**-0.5,
+    )  # fmt: skip
+    causal = replace(plain, window_right=0)
+    bias = {"bias": "additive", "bias_shape": (2, 16, 8192, 8192)}
+    packed = {"varlen": True, "total_q": 9000, "total_k": 9000, "sinks": True}
+    yield causal
+    yield replace(causal, window_left=1000, **packed)
+    if few:
+        return
+    for dim in (64, 128, 256):
+        yield replace(plain, qk_dim=dim, v_dim=dim)
+    yield replace(causal, dropout_p=0.1, dtype=torch.float16)
+    yield replace(causal, **bias)
+    yield replace(causal, window_left=1000, softcap=30.0, alibi=True, sinks=True, dropout_p=0.1, **bias)
+
+
+def products(cubin: bytes) -> int:
+    """Matrix products of whole warp groups (HGMMA) in a binary."""
+    return len(re.findall(r"\bHGMMA\b", _run_tool("nvdisasm", ["-c"], cubin).stdout))
+
+
+def serialized(ptx: str) -> list[str]:
+    """ptxas's words, C7510 to C7519, where it waits for products or runs them one by one without having been told."""
+    log = _run_tool("ptxas", ["-v", "--gpu-name=sm_90a", "-o", "/dev/null"], ptx.encode())
+    return re.findall(r".*C751\d.*", log.stdout + log.stderr)
+
+
+def _run_tool(name: str, options: list[str], data: bytes) -> subprocess.CompletedProcess[str]:
+    """One of the NVIDIA tools that Triton ships, on data in a file."""
+    from flashtile.gpu import binary
+
+    with tempfile.NamedTemporaryFile() as file:
+        Path(file.name).write_bytes(data)
+        tool = Path(binary.cuobjdump()).with_name(name)
+        return subprocess.run([tool, *options, file.name], capture_output=True, text=True, check=True)
+
+
+def describe_hopper(kernel: Any) -> dict[str, Any]:
+    """What a kernel of the Hopper backend needs, its products and the warnings about them."""
+    from flashtile.gpu import binary
+
+    asm = kernel.asm
+    return {**binary.read(kernel)._asdict(), "products": products(asm["cubin"]), "serialized": serialized(asm["ptx"])}
+
+
+def report(kernel: str, problem: Problem, found: dict[str, Any]) -> None:
+    print(json.dumps({"kernel": kernel, "problem": str(problem), **found}), flush=True)
+
+
+def main_hopper(mode: str, few: str) -> None:
+    """mode: forward or backward."""
+    from flashtile.backends.hopper import compile as binaries
+
+    for problem in hopper_problems(few == "few"):
+        for name in binaries.kernels(problem):
+            if (name == "forward") == (mode == "forward"):
+                report(name, problem, describe_hopper(binaries.compiled(name, problem)))
+
+
 def main(target: str, dim: str, few: str) -> None:
     from flashtile.backends.triton import compile as binaries
 
     for problem in problems(target, int(dim), few == "few"):
         for kernel, needs in binaries.resources(problem, target).items():
-            print(json.dumps({"kernel": kernel, "problem": str(problem), **needs._asdict()}), flush=True)
+            report(kernel, problem, needs._asdict())
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    if sys.argv[1] == "hopper":
+        main_hopper(*sys.argv[2:])
+    else:
+        main(*sys.argv[1:])

@@ -11,6 +11,8 @@ from hypothesis import HealthCheck, settings
 
 from flashtile.testing import poisoned
 
+pytest_plugins = "watchdog"
+
 GPU = torch.cuda.is_available()
 
 # Triton reads this once, when it is imported, so it is decided before any test module is.

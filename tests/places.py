@@ -7,6 +7,9 @@ import torch
 from interpreter import compute_as_a_gpu_does
 
 GPU = torch.cuda.is_available()
+HOPPER = GPU and torch.version.cuda is not None and torch.cuda.get_device_capability() == (9, 0)
+
+on_hopper = pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute capability 9.0")
 
 # A process either compiles Triton kernels or interprets them, see conftest.
 _interpreted = [] if GPU else [pytest.param("triton", "cpu", id="triton-interpreted")]
@@ -19,6 +22,10 @@ PLACES = (
     *_interpreted,
     pytest.param("blocked", "cuda", marks=pytest.mark.gpu, id="blocked-gpu"),
     pytest.param("triton", "cuda", marks=pytest.mark.gpu, id="triton-gpu"),
+    pytest.param("hopper", "cuda", marks=[pytest.mark.gpu, on_hopper], id="hopper-gpu"),
 )
+
+# What runs on a GPU, for tests that need one.
+GPU_BACKENDS = (pytest.param("triton", id="triton"), pytest.param("hopper", marks=on_hopper, id="hopper"))
 
 every_place = pytest.mark.parametrize(("backend", "device"), PLACES)

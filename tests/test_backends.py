@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from places import GPU, PLACES, every_place
+from places import GPU, PLACES, every_place, on_hopper
 from torch import Tensor
 
 import flashtile
@@ -19,6 +19,7 @@ from flashtile.testing.accuracy import check_same_form
 
 OTHERS = (torch.float16, torch.float32)
 NARROW = (*OTHERS, torch.bfloat16)
+HALF = (torch.float16, torch.bfloat16)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -56,6 +57,20 @@ def test_in_tritons_interpreter(case: Case, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("case", "dtype"), one_dtype_each(CASES))
 def test_on_a_gpu(case: Case, dtype: torch.dtype) -> None:
     run_case(case, "triton", dtype, "cuda")
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize(("case", "dtype"), one_dtype_each(CASES, HALF))
+def test_on_hopper(case: Case, dtype: torch.dtype) -> None:
+    run_case(case, "hopper", dtype, "cuda")
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize(("case", "dtype"), in_dtype(REAL_CASES, torch.bfloat16))
+def test_real_sizes_on_hopper(case: Case, dtype: torch.dtype) -> None:
+    run_case(case, "hopper", dtype, "cuda")
 
 
 @pytest.mark.gpu
@@ -164,7 +179,7 @@ def test_calls_that_differ_in_one_fact_are_told_apart(backend: str, device: str,
     """What is remembered of one call must not serve another: equal shapes, strides and features, in either order."""
     for features in (*ALIKE[name], *reversed(ALIKE[name])):
         alike = Case("alike", "", batch=2, q_len=40, k_len=40, dim=16, **features)
-        run_case(alike, backend, torch.float32, device)
+        run_case(alike, backend, torch.float16 if backend == "hopper" else torch.float32, device)
 
 
 @pytest.mark.skipif(GPU, reason="kernels are compiled here, not interpreted")

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import binaries
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -38,14 +39,17 @@ def installed(version: str) -> Path:
     return folder
 
 
-def needs(target: str, dim: int, version: str | None = None) -> list[dict[str, Any]]:
-    """What each kernel's binary needs, compiled by another release of Triton where a version is given."""
+def needs(*arguments: str, version: str | None = None) -> list[dict[str, Any]]:
+    """What each kernel's binary needs, compiled by another release of Triton where a version is given.
+
+    arguments: target and head dim, or "hopper" and the mode.
+    """
     paths = [str(ROOT / "src"), str(ROOT / "tests")]
     if version is not None:
         paths.insert(0, str(installed(version)))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     environment.pop("TRITON_INTERPRET", None)
-    script = [sys.executable, "-W", "ignore", str(ROOT / "tests" / "binaries.py"), target, str(dim)]
+    script = [sys.executable, "-W", "ignore", str(ROOT / "tests" / "binaries.py"), *arguments]
     done = subprocess.run(
         [*script, "all" if version is None else "few"], env=environment, capture_output=True, text=True, timeout=900
     )
@@ -63,16 +67,78 @@ def check(rows: list[dict[str, Any]], target: str, dim: int) -> None:
         assert row["shared"] <= SHARED_MEMORY[target], f"shared memory: {row}"
 
 
+def check_hopper(rows: list[dict[str, Any]], mode: str) -> None:
+    """As `check`, and raises where a kernel has no products of warp groups or lets them run one by one."""
+    assert {row["kernel"] for row in rows} >= {mode}
+    for row in rows:
+        assert row["registers"] > 0, row
+        assert row["spills"] == 0, f"spills: {row}"
+        assert row["shared"] <= SHARED_MEMORY["sm_90"], f"shared memory: {row}"
+        assert row["products"] > 0 or row["kernel"] != mode, f"no products: {row}"
+        assert not row["serialized"], f"serialized: {row}"
+
+
 @pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize("target", TARGETS)
 def test_shipped_tiles_spill_nothing(target: str, dim: int) -> None:
-    check(needs(target, dim), target, dim)
+    check(needs(target, str(dim)), target, dim)
 
 
 @pytest.mark.parametrize("version", OTHER_TRITONS)
 @pytest.mark.parametrize("target", TARGETS)
 def test_oldest_and_newest_triton_compile_the_same(version: str, target: str) -> None:
-    check(needs(target, 128, version), target, 128)
+    check(needs(target, "128", version=version), target, 128)
+
+
+@pytest.mark.parametrize("mode", ["forward", "backward"])
+@pytest.mark.parametrize("version", [None, *OTHER_TRITONS])
+def test_hopper_kernels(version: str | None, mode: str) -> None:
+    check_hopper(needs("hopper", mode, version=version), mode)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"spills": 8}, "spills"),
+        ({"shared": 2**18}, "shared memory"),
+        ({"products": 0}, "no products"),
+        ({"serialized": ["(C7510) Potential Performance Loss"]}, "serialized"),
+    ],
+)
+def test_a_bad_hopper_kernel_is_caught(wrong: dict[str, Any], message: str) -> None:
+    good = {"kernel": "forward", "registers": 168, "spills": 0, "shared": 1024, "products": 8, "serialized": []}
+    check_hopper([good], "forward")
+    with pytest.raises(AssertionError, match=message):
+        check_hopper([{**good, **wrong}], "forward")
+
+
+# Touches a product's accumulator while it runs.
+SERIALIZED = """
+.version 8.0
+.target sm_90a
+.address_size 64
+.visible .entry touch(.param .u64 out, .param .u64 tile) {
+  .reg .f32 %f<4>; .reg .b64 %r<2>; .reg .pred %p;
+  ld.param.u64 %r0, [out];
+  ld.param.u64 %r1, [tile];
+  mov.f32 %f0, 0f00000000; mov.f32 %f1, %f0; mov.f32 %f2, %f0; mov.f32 %f3, %f0;
+  setp.ne.b64 %p, %r1, 0;
+  wgmma.fence.sync.aligned;
+  wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {%f0, %f1, %f2, %f3}, %r1, %r1, %p, 1, 1, 0, 0;
+  TOUCH
+  wgmma.commit_group.sync.aligned;
+  wgmma.wait_group.sync.aligned 0;
+  st.global.f32 [%r0], %f0;
+  ret;
+}
+"""
+
+
+def test_serialized_products_are_read_from_ptxas() -> None:
+    pytest.importorskip("triton")
+    assert binaries.serialized(SERIALIZED.replace("TOUCH", "")) == []
+    warning, *_ = binaries.serialized(SERIALIZED.replace("TOUCH", "add.f32 %f0, %f0, %f0;"))
+    assert "warpgroup.wait is injected" in warning
 
 
 def test_a_spill_is_caught() -> None:

@@ -73,7 +73,7 @@ CALL = ("q=2,4096,16,128", "k=2,4096,4,128", "--device", "cuda", "--capability",
 def test_the_example_of_the_help() -> None:
     result = explain(*CALL, "--causal", "--window", "512,0")
     assert result["problem"] == "b2 q4096 k4096 h16/4 d128 bfloat16 cuda window(512,0)"
-    assert result["backend"] == "triton"
+    assert result["backend"] == "hopper"
     # Row i sees min(i + 1, 513) keys.
     pairs = 513 * 512 / 2 + (4096 - 512) * 513
     assert result["visible_share"] == pytest.approx(pairs / 4096**2)
@@ -84,6 +84,22 @@ def test_the_example_of_the_help() -> None:
         counts = kernel["tiles"]
         assert counts["total"] == -(-4096 // kernel["block_m"]) * -(-4096 // kernel["block_n"])
         assert counts["skipped"] > counts["partial"] > 0
+
+
+def test_other_capabilities_are_served_by_triton() -> None:
+    result = explain(*CALL[:-4], "--capability", "8.0")
+    assert result["backend"] == "triton"
+    assert "9.0 only" in result["backends"]["hopper"]
+
+
+def test_programs_of_the_hopper_kernels() -> None:
+    """The forward's stay and walk through the tiles, as many as an H100 runs at once; the backward's own keys."""
+    forward, backward = explain(*CALL)["kernels"]
+    assert (forward["name"], backward["name"]) == ("forward", "backward")
+    assert forward["programs"] == 132
+    assert backward["programs"] == 2 * 4 * -(-4096 // backward["block_n"])
+    few, _ = explain("q=1,100,1,128", *CALL[2:])["kernels"]
+    assert few["programs"] == -(-100 // few["block_m"])
 
 
 def test_traffic_falls_from_standard_to_tiled_and_not_below_each_tensor_once() -> None:
@@ -115,9 +131,9 @@ def test_default_limits_are_named() -> None:
     assert "measured" in explain("q=1,64,1,16", "--device", "cpu")["limits"]["source"]
 
 
-@pytest.mark.parametrize("backend", ["triton", "blocked", "reference"])
+@pytest.mark.parametrize("backend", ["hopper", "triton", "blocked", "reference"])
 def test_every_backend_can_be_explained(backend: str) -> None:
-    result = explain("q=1,300,4,64", "k=1,300,2,64", "--device", "cuda", "--backend", backend, "--prefix", "64")
+    result = explain("q=1,300,4,64", "k=1,300,2,64", *CALL[2:6], "--backend", backend, "--prefix", "64")
     assert result["backend"] == backend
     assert result["traffic"]["forward"]["this kernel"] > 0
     assert result["traffic"]["backward"]["this kernel"] > 0
@@ -152,10 +168,11 @@ def test_a_call_that_nobody_serves_exits_with_1() -> None:
     assert "no backend serves this call" in text.output
 
 
-def test_one_subprocess_run_with_its_picture_and_registers() -> None:
+@pytest.mark.parametrize("backend", ["hopper", "triton"])
+def test_one_subprocess_run_with_its_picture_and_registers(backend: str) -> None:
     """Compiling is what a process without the interpreter can do."""
     done = subprocess.run(
-        [sys.executable, "-m", "flashtile", "explain", *CALL, "--causal", "--compile", "sm_90"],
+        [sys.executable, "-m", "flashtile", "explain", *CALL, "--causal", "--backend", backend, "--compile", "sm_90"],
         capture_output=True,
         text=True,
         timeout=300,
@@ -163,7 +180,7 @@ def test_one_subprocess_run_with_its_picture_and_registers() -> None:
     )
     assert done.returncode == 0, done.stderr
     for part in (
-        "triton  chosen",
+        f"{backend}  chosen",
         "██▒▒··",
         "standard",
         "FlashAttention-1",

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from places import GPU_BACKENDS
 from torch import Tensor
 
 import flashtile
@@ -42,6 +43,12 @@ def _one_at_a_time() -> Iterator[None]:
         yield
         gc.collect()
         torch.cuda.empty_cache()
+
+
+@pytest.fixture(autouse=True, params=GPU_BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    with flashtile.use_backend(request.param):
+        yield request.param
 
 
 def normal(*shape: int, dtype: torch.dtype = HALF) -> Tensor:
@@ -100,7 +107,7 @@ def test_a_wrong_sample_is_rejected() -> None:
 def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """((q, k, v, dout), (out, lse, dq, dk, dv)) of (batch, seqlen, heads, head_dim)."""
     leaves = [t.requires_grad_() for t in (q, k, v)]
-    out, lse = flashtile.attention(*leaves, return_lse=True, backend="triton")
+    out, lse = flashtile.attention(*leaves, return_lse=True)
     dout = torch.randn_like(out)
     grads = torch.autograd.grad(out, leaves, dout)
     return (*(t.detach() for t in leaves), dout), (out.detach(), lse.detach(), *grads)
@@ -164,7 +171,7 @@ def test_packed_sequences_of_more_than_2_31_elements() -> None:
     leaves = [normal(sequences * length, heads, 64).requires_grad_() for _ in range(3)]
     assert leaves[0].numel() > 2**31
     starts = torch.arange(sequences + 1, device="cuda", dtype=torch.int32) * length
-    out, lse = flashtile.attention_varlen(*leaves, starts, None, length, length, return_lse=True, backend="triton")
+    out, lse = flashtile.attention_varlen(*leaves, starts, None, length, length, return_lse=True)
     dout = torch.randn_like(out)
     grads = torch.autograd.grad(out, leaves, dout)
     flashtile.check_device_errors()
@@ -183,7 +190,7 @@ def test_more_than_65535_blocks_along_a_dimension(batch: int, heads: int) -> Non
 def test_more_than_65535_tiles_in_one_sequence() -> None:
     length = 2**23 + 1
     q, k, v = normal(1, length, 1, 64), normal(1, 65, 1, 64), normal(1, 65, 1, 64)
-    out, lse = flashtile.attention(q, k, v, return_lse=True, backend="triton")
+    out, lse = flashtile.attention(q, k, v, return_lse=True)
     for rows in (slice(0, 1000), slice(length // 2, length // 2 + 1000), slice(length - 1000, length)):
         queries = q[0, rows, 0]
         check_sample({"out": out[0, rows, 0], "lse": lse[0, 0, rows]}, (queries, k[0, :, 0], v[0, :, 0], queries))
@@ -193,7 +200,7 @@ def test_more_than_65535_sequences() -> None:
     lengths = torch.arange(70_000, device="cuda") % 4  # also empty ones
     starts = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()
     q = normal(int(starts[-1]), 2, 64)
-    out = flashtile.attention_varlen(q, q, q, starts, None, 3, 3, causal=True, backend="triton")
+    out = flashtile.attention_varlen(q, q, q, starts, None, 3, 3, causal=True)
     flashtile.check_device_errors()
     # The first row of each sequence sees itself alone.
     first = starts[:-1][lengths > 0].long()
@@ -245,7 +252,7 @@ def check_memory_is_linear(attend: Attend, lengths: tuple[int, int], kv_heads: i
 @pytest.mark.parametrize("causal", [False, True])
 def test_memory_is_linear(kv_heads: int, causal: bool) -> None:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return flashtile.attention(q, k, v, causal=causal, backend="triton")
+        return flashtile.attention(q, k, v, causal=causal)
 
     check_memory_is_linear(attend, (8192, 16_384), kv_heads)
 
@@ -259,9 +266,9 @@ def test_quadratic_memory_is_rejected() -> None:
         check_memory_is_linear(attend, (1024, 2048), 16)
 
 
-def test_garbage_around_the_tensors_is_neither_read_nor_overwritten() -> None:
+def test_garbage_around_the_tensors_is_neither_read_nor_overwritten(backend: str) -> None:
     length, heads, dim = 1000, 3, 40
-    backend = load("triton")
+    kernels = load(backend)
 
     def within() -> tuple[Tensor, Tensor]:
         """(a buffer of NaN, the view in its middle): rows before and behind, heads and dims beside."""
@@ -273,8 +280,8 @@ def test_garbage_around_the_tensors_is_neither_read_nor_overwritten() -> None:
     for view in (q, k, v, dout):
         view.copy_(torch.randn_like(view))
     call = Call(q, k, v, window_right=0, scale=dim**-0.5)
-    _, lse = backend.forward(describe(call), call, out)
-    backend.backward(describe(call), call, out, lse, dout, None, tuple(grads), False)
+    _, lse = kernels.forward(describe(call), call, out)
+    kernels.backward(describe(call), call, out, lse, dout, None, tuple(grads), False)
     check_heads((q, k, v, dout), (out, lse, *grads), [(0, 0), (1, 2)], causal)
     for buffer, view in zip(buffers, views, strict=True):
         view.fill_(torch.nan)
@@ -288,9 +295,7 @@ def test_garbage_behind_packed_sequences_is_neither_read_nor_left() -> None:
     for tensor in tensors:
         tensor[ends[-1] :] = torch.nan
     leaves = [t.requires_grad_() for t in tensors[:3]]
-    out, lse = flashtile.attention_varlen(
-        *leaves, starts, None, 937, 937, causal=True, return_lse=True, backend="triton"
-    )
+    out, lse = flashtile.attention_varlen(*leaves, starts, None, 937, 937, causal=True, return_lse=True)
     grads = torch.autograd.grad(out, leaves, tensors[3])
     flashtile.check_device_errors()
     for result in (out, *grads):

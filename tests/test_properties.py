@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from places import GPU
+from places import GPU, on_hopper
 
 import flashtile
 from flashtile.reference import flash1, flash2, flash2_backward, traffic
@@ -48,6 +48,14 @@ def test_triton_interpreted(case: Case, dtype: torch.dtype) -> None:
 @given(drawn.cases(longest=700, most_heads=4), st.sampled_from([torch.bfloat16, torch.float16]))
 def test_triton(case: Case, dtype: torch.dtype) -> None:
     run_case(case, "triton", dtype, "cuda")
+
+
+@pytest.mark.gpu
+@on_hopper
+@settings(max_examples=10)
+@given(drawn.cases(longest=700, most_heads=4), st.sampled_from([torch.bfloat16, torch.float16]))
+def test_hopper(case: Case, dtype: torch.dtype) -> None:
+    run_case(case, "hopper", dtype, "cuda")
 
 
 @settings(max_examples=60)

@@ -14,10 +14,10 @@ import torch
 
 from flashtile.problem import Problem
 
-BACKENDS = ("triton", "blocked", "reference")
+BACKENDS = ("hopper", "triton", "blocked", "reference")
 
 # On a CPU, Triton kernels only run in Triton's interpreter, which is for tests.
-CPU_ORDER = ("blocked", "reference", "triton")
+CPU_ORDER = ("blocked", "reference", "triton", "hopper")
 
 _requested = threading.local()
 

@@ -12,7 +12,7 @@ from flashtile.api import combine
 from flashtile.cli import costs, limits, machine
 from flashtile.cli.console import Result, UsageError, integers
 from flashtile.cli.explain_view import show
-from flashtile.cli.kernels import Kernel, kernels_of, resources_of
+from flashtile.cli.kernels import COMPILED, Kernel, kernels_of, resources_of
 from flashtile.cli.options import argument, option
 from flashtile.cli.tiles import Tiling
 from flashtile.problem import Call, Problem, default_scale
@@ -51,8 +51,8 @@ class Options:
     dtype: str = option("bf16", "fp16, bf16, fp32 or fp64.")
     device: str | None = option(None, "cuda, cpu, ...; default: the accelerator if there is one.")
     capability: str | None = option(None, "Compute capability of the CUDA device; default: this machine's, else 9.0.")
-    backend: str | None = option(None, "triton, blocked or reference; default: the first that serves the call.")
-    compile: str | None = option(None, "Also compile the Triton kernels, for sm_80, sm_90, gfx942, ...; needs no GPU.")
+    backend: str | None = option(None, "hopper, triton, blocked or reference; default: the first that serves the call.")
+    compile: str | None = option(None, "Also compile the GPU kernels, for sm_80, sm_90, gfx942, ...; needs no GPU.")
     matmul_tflops: float | None = option(None, "The machine's matrix speed; default: an H100's, of a CPU measured.")
     copy_gbps: float | None = option(None, "The machine's copy speed, read and written; default: as above.")
     fast_memory: int = option(192, "KiB of fast memory that FlashAttention-1 sizes its tiles by (an A100's per SM).")
@@ -98,12 +98,14 @@ def run(options: Options) -> Result:
 
 def _resources(target: str, problem: Problem, backend: str | None, kernels: list[Kernel]) -> dict[str, Result]:
     """What each kernel takes of the target."""
-    if backend != "triton":
-        raise UsageError(f"--compile: got a call that the backend {backend} serves, expected triton")
-    if not re.fullmatch(r"sm_\d+|gfx\w+", target):
+    if backend not in COMPILED:
+        raise UsageError(f"--compile: got a call that the backend {backend} serves, expected {' or '.join(COMPILED)}")
+    if not re.fullmatch(COMPILED["triton"], target):
         raise UsageError(f"--compile: got {target!r}, expected a target such as sm_90 or gfx942")
+    if not re.fullmatch(COMPILED[backend], target):
+        raise UsageError(f"--compile: got {target!r}, expected {COMPILED[backend]} for the backend {backend}")
     try:
-        return resources_of(problem, kernels, target)
+        return resources_of(problem, backend, kernels, target)
     except ValueError as error:
         raise UsageError(f"--compile: {error}") from None
 
@@ -228,7 +230,7 @@ def _kernel(problem: Problem, kernel: Kernel, lo: torch.Tensor, hi: torch.Tensor
         "block_m": kernel.block_m,
         "block_n": kernel.block_n,
         "settings": kernel.settings,
-        "programs": heads * steps,
+        "programs": min(heads * steps, kernel.programs or heads * steps),
         "tiles": counts,
         "picture": tiling.picture(),
         # A partial tile is computed whole.

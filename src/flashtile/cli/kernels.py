@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from importlib import import_module
 from typing import Any
 
 from flashtile.problem import Problem
+
+# Backends whose kernels Triton compiles, and the targets that theirs are written for, as regular expressions.
+COMPILED = {"hopper": "sm_90", "triton": r"sm_\d+|gfx\w+"}
+
+_H100_MULTIPROCESSORS = 132
 
 
 @dataclass(frozen=True)
@@ -14,8 +20,9 @@ class Kernel:
 
     mode: forward or backward. block_m: query rows of one head in a tile; block_n: keys. by_keys: a program holds a tile
     of keys and walks over queries, else the other way round. shares_keys: a program serves all query heads of a
-    key-value head. adds_dq: dq is accumulated in slow memory. dense: the whole score matrix is stored. compiled_as: its
-    name where Triton kernels are compiled.
+    key-value head. adds_dq: dq is accumulated in slow memory. dense: the whole score matrix is stored. programs: at most
+    so many, which then walk through the tiles; 0 is one for each tile. compiled_as: its name where Triton kernels are
+    compiled.
     """
 
     name: str
@@ -26,13 +33,14 @@ class Kernel:
     shares_keys: bool = False
     adds_dq: bool = False
     dense: bool = False
+    programs: int = 0
     compiled_as: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
 
 
 def kernels_of(problem: Problem, backend: str) -> list[Kernel]:
     """The kernels of forward and backward."""
-    return {"triton": _triton, "blocked": _blocked, "reference": _reference}[backend](problem)
+    return {"hopper": _hopper, "triton": _triton, "blocked": _blocked, "reference": _reference}[backend](problem)
 
 
 def _triton(problem: Problem) -> list[Kernel]:
@@ -58,20 +66,50 @@ def _triton(problem: Problem) -> list[Kernel]:
     ]
 
 
-def resources_of(problem: Problem, kernels: list[Kernel], target: str) -> dict[str, dict[str, int]]:
+def _hopper(problem: Problem) -> list[Kernel]:
+    from flashtile.backends.hopper import backward_configs, configs
+
+    forward = configs.forward(problem)
+    assert forward is not None, problem
+    backward = backward_configs.pick(problem)
+    return [
+        Kernel(
+            "forward",
+            "forward",
+            64 * forward.groups,
+            forward.block_n,
+            programs=_H100_MULTIPROCESSORS,
+            compiled_as="forward",
+            settings={key: value for key, value in asdict(forward).items() if key != "block_n"},
+        ),
+        Kernel(
+            "backward",
+            "backward",
+            backward.block_m,
+            backward.block_n,
+            by_keys=True,
+            shares_keys=True,
+            adds_dq=True,
+            compiled_as="backward",
+            settings={key: value for key, value in asdict(backward).items() if key != "block_m"},
+        ),
+    ]
+
+
+def resources_of(problem: Problem, backend: str, kernels: list[Kernel], target: str) -> dict[str, dict[str, int]]:
     """Registers and spilled bytes of a thread and bytes of shared memory of each kernel, compiled for a target.
 
-    Raises ValueError where Triton cannot compile here.
+    backend: one of COMPILED. Raises ValueError where Triton cannot compile here.
     """
     import triton
 
     if triton.knobs.runtime.interpret:
         raise ValueError("Triton runs in its interpreter (TRITON_INTERPRET) and compiles nothing")
-    from flashtile.backends.triton import compile as compiler
+    from flashtile.gpu import binary
 
-    found = compiler.resources(problem, target)
-    names = (kernel.compiled_as for kernel in kernels)
-    return {name: found[name]._asdict() for name in names if name is not None}
+    compiler = import_module(f"flashtile.backends.{backend}.compile")
+    names = [kernel.compiled_as for kernel in kernels]
+    return {name: binary.read(compiler.compiled(name, problem, target))._asdict() for name in names if name is not None}
 
 
 def _blocked(problem: Problem) -> list[Kernel]:

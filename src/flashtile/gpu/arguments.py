@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from flashtile import dropout
@@ -94,3 +96,60 @@ def section(problem: Problem, length: int, group: int) -> int:
     """Query heads whose keys and values fit the L2 cache together; a multiple of those that share a key-value head."""
     per_head = max(1, length * (problem.qk_dim + problem.v_dim) * problem.dtype.itemsize)
     return max(1, _L2_BYTES // per_head) * group
+
+
+def bias_strides(problem: Problem, biases: dict[str, Tensor | None]) -> tuple[dict[str, Any], list[tuple[int, ...]]]:
+    """Strides of a bias and its like over (batch, heads, q_len, k_len) by name, and as plain tuples; 0 where broadcast.
+
+    BIAS_ALIGN is the number of elements in 16 bytes where all strides but the innermost are multiples of it, and so is
+    k_len; they are passed divided by it and multiplied again in the kernel, which tells the compiler that wide loads
+    are right.
+    """
+    steps = {name: _bias_steps(bias) for name, bias in biases.items()}
+    bias = biases["b"]
+    dtype = torch.bool if bias is None else bias.dtype
+    align = alignment(dtype, steps.values(), problem.k_len)
+    if problem.varlen or any(other is not None and other.dtype != dtype for other in biases.values()):
+        align = 1
+    values: dict[str, Any] = {"BIAS_ALIGN": align}
+    for name, (b, h, m, n) in steps.items():
+        parts = (b // align, h // align, m // align, n)
+        values |= {f"stride_{name}{axis}": part for axis, part in zip("bhmn", parts, strict=True)}
+    return values, list(steps.values())
+
+
+def _bias_steps(bias: Tensor | None) -> tuple[int, ...]:
+    """Strides over (batch, heads, q_len, k_len), 0 where bias is broadcast or absent."""
+    steps = [0, 0, 0, 0]
+    if bias is not None:
+        for axis in range(1, bias.ndim + 1):
+            steps[-axis] = 0 if bias.shape[-axis] == 1 else bias.stride(-axis)
+    return tuple(steps)
+
+
+def alignment(dtype: torch.dtype, steps: Iterable[tuple[int, ...]], length: int) -> int:
+    """Elements in 16 bytes where every stride but the last, and length, is a multiple of that; else 1."""
+    elements = 16 // dtype.itemsize
+    multiples = all(step % elements == 0 for step_of in steps for step in step_of[:-1])
+    return elements if multiples and (length == 1 or length % elements == 0) else 1
+
+
+def with_dense_bias(call: Call) -> Call:
+    """The call with a bias whose last dimension is contiguous or broadcast."""
+    bias = call.bias
+    if bias is None or bias.shape[-1] == 1 or bias.stride(-1) == 1:
+        return call
+    return call._replace(bias=bias.contiguous())
+
+
+def features(problem: Problem) -> dict[str, Any]:
+    """The compile-time arguments that say what a call is made of."""
+    return {
+        "VARLEN": problem.varlen,
+        "KIND": mask_kind(problem),
+        "LEFT": problem.table or problem.window_left is not None,
+        "SOFTCAP": softcap_kind(problem),
+        "ALIBI": problem.alibi,
+        "BIAS": problem.bias or "none",
+        "DROPOUT": problem.dropout_p > 0,
+    }

@@ -33,8 +33,9 @@ def random_state(rng, DROPOUT: tl.constexpr):
 
 
 @triton.jit
-def keep(first_row, line, first_col, lane, batch_head, state, threshold):
-    """Which elements of a tile dropout keeps (flashtile.dropout says how).
+def random_words(first_row, line, first_col, lane, batch_head, state):
+    """Of each element of a tile, the 32 random bits that it shares with its neighbour in the row: an even column's are
+    the low half (flashtile.dropout says how).
 
     The tile starts at (first_row, first_col), multiples of its size; line and lane count from there, broadcast to it.
     The counters of eight elements in one thread are equal, and the compiler computes equal values once. To see that
@@ -53,6 +54,12 @@ def keep(first_row, line, first_col, lane, batch_head, state, threshold):
         c3 = low_0
         k0 = (k0.to(tl.uint64) + _WEYL_0).to(tl.uint32)
         k1 = (k1.to(tl.uint64) + _WEYL_1).to(tl.uint32)
-    word = tl.where((line & 8) != 0, tl.where((lane & 8) != 0, c3, c2), tl.where((lane & 8) != 0, c1, c0))
+    return tl.where((line & 8) != 0, tl.where((lane & 8) != 0, c3, c2), tl.where((lane & 8) != 0, c1, c0))
+
+
+@triton.jit
+def keep(first_row, line, first_col, lane, batch_head, state, threshold):
+    """Which elements of a tile dropout keeps; the arguments before the threshold are those of `random_words`."""
+    word = random_words(first_row, line, first_col, lane, batch_head, state)
     # The half that counts moves to the top; what stays below it never changes the comparison.
     return tl.where((lane & 1) != 0, word, word << 16) >= (threshold.to(tl.uint32) << 16)

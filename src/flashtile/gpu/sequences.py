@@ -5,13 +5,12 @@ import triton.language as tl
 
 
 @triton.jit
-def place(tiles, heads_total, section):
-    """(tile, batch_head) of this program: the heads of one section walk through their tiles together.
+def place(program, tiles, heads_total, section):
+    """(tile, batch_head) of a program: the heads of one section walk through their tiles together.
 
     A section is as many heads as have their keys and values in the L2 cache at once; within it the first programs get
     the first tile of every head.
     """
-    program = tl.program_id(0)
     size = tiles * section
     first = (program // size) * section
     here = tl.minimum(section, heads_total - first)

@@ -17,6 +17,7 @@ from torch import Tensor
 from flashtile.backends.triton import configs, launch
 from flashtile.backends.triton.tiles import dot, load_bias, load_tile, offsets, span
 from flashtile.gpu import arguments
+from flashtile.gpu.bias_gradient import allocate, finish_sums, kind
 from flashtile.gpu.intervals import interval
 from flashtile.gpu.philox import keep, random_state
 from flashtile.gpu.scores import score
@@ -121,41 +122,13 @@ def bias_kernel(
     )
 
 
-def kind(problem: Problem) -> str:
-    """Which of the four ways makes the gradient of this problem's bias."""
-    assert problem.bias_shape is not None
-    batch, heads, rows, columns = problem.bias_shape
-    if columns == 1 and problem.k_len > 1:
-        return "row"
-    if rows == 1 and problem.q_len > 1:
-        return "column"
-    return "tile" if (batch, heads) == (problem.batch, problem.q_heads) else "summed"
-
-
-def allocate(problem: Problem, call: Call, kind: str) -> Tensor | None:
-    """The memory that the two passes fill: dbias itself ("tile", "summed"), or float32 sums per row or column."""
-    if kind == "none":
-        return None
-    bias = call.bias
-    assert bias is not None
-    if kind in ("row", "column"):
-        length = problem.q_len if kind == "row" else problem.k_len
-        return torch.zeros(problem.batch, problem.q_heads, length, dtype=torch.float32, device=bias.device)
-    # Tiles that no row sees are never visited, and their gradient is 0.
-    return torch.zeros_like(bias, memory_format=torch.contiguous_format)
-
-
 def finish(problem: Problem, call: Call, kind: str, partial: Tensor, dout: Tensor, rows: Tensor) -> Tensor:
     """dbias in the bias's own shape and dtype."""
-    bias = call.bias
-    assert bias is not None and call.k is not None and call.v is not None
+    assert call.k is not None and call.v is not None
     if kind == "summed":
         tensors = (call.q, call.k, call.v, dout, rows, partial)
         launch.run(bias_kernel, problem, call, tensors, prepare, ())
-    if kind in ("row", "column"):
-        partial = partial[..., None] if kind == "row" else partial[:, :, None, :]
-        return partial.sum_to_size(problem.bias_shape).to(bias.dtype).reshape(bias.shape)  # type: ignore[arg-type]
-    return partial
+    return finish_sums(problem, call, kind, partial) if kind in ("row", "column") else partial
 
 
 def prepare(problem: Problem, call: Call, tensors: tuple[Tensor, ...], variant: tuple[object, ...]) -> launch.Plan:

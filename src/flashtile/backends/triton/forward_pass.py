@@ -95,7 +95,7 @@ def forward_kernel(
     stride_vb, stride_vn, stride_vh = stride_vb * ALIGN, stride_vn * ALIGN, stride_vh * ALIGN
     stride_ob, stride_om, stride_oh = stride_ob * ALIGN, stride_om * ALIGN, stride_oh * ALIGN
     stride_bb, stride_bh, stride_bm = stride_bb * BIAS_ALIGN, stride_bh * BIAS_ALIGN, stride_bm * BIAS_ALIGN
-    tile, bh = place(tiles, programs, section)
+    tile, bh = place(tl.program_id(0), tiles, programs, section)
     # The last rows see the most under a causal mask: start them first.
     tile = tiles - 1 - tile
     b = (bh // heads).to(tl.int64)

@@ -111,7 +111,7 @@ def keys_kernel(
     stride_xb, stride_xn, stride_xh = stride_xb * ALIGN, stride_xn * ALIGN, stride_xh * ALIGN
     stride_wb, stride_wn, stride_wh = stride_wb * ALIGN, stride_wn * ALIGN, stride_wh * ALIGN
     stride_bb, stride_bh, stride_bm = stride_bb * BIAS_ALIGN, stride_bh * BIAS_ALIGN, stride_bm * BIAS_ALIGN
-    tile, bh = place(tiles, programs, section)
+    tile, bh = place(tl.program_id(0), tiles, programs, section)
     kv_heads = heads // group
     b = (bh // kv_heads).to(tl.int64)
     kv_h = (bh % kv_heads).to(tl.int64)

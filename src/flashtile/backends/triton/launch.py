@@ -6,7 +6,7 @@ problem, the strides and the alignment, so it is worked out once and kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -112,46 +112,23 @@ def strides(problem: Problem, call: Call, dense: dict[str, Tensor], biases: dict
     right whatever the head dim. BLOCK_D and BLOCK_DV are the head dims as powers of two.
     """
     steps = {name: (0, *t.stride()) if problem.varlen else t.stride() for name, t in dense.items()}
-    biases = {"b": call.bias, **biases}
-    bias_steps = {name: _bias_steps(bias) for name, bias in biases.items()}
-    align = _alignment(problem.dtype, steps.values(), 1)
-    bias_dtype = torch.bool if call.bias is None else call.bias.dtype
-    bias_align = _alignment(bias_dtype, bias_steps.values(), problem.k_len)
-    if problem.varlen or any(bias is not None and bias.dtype != bias_dtype for bias in biases.values()):
-        bias_align = 1
+    align = arguments.alignment(problem.dtype, steps.values(), 1)
     values: dict[str, Any] = {}
     for name, (b, m, h, d) in steps.items():
         axes = ("b", "n" if name == "x" and "w" in steps else _ROWS[name], "h", "d")
         parts = (b // align, m // align, h // align, d)
         values |= {f"stride_{name}{axis}": part for axis, part in zip(axes, parts, strict=True)}
-    for name, (b, h, m, n) in bias_steps.items():
-        parts = (b // bias_align, h // bias_align, m // bias_align, n)
-        values |= {f"stride_{name}{axis}": part for axis, part in zip("bhmn", parts, strict=True)}
+    bias_values, bias_steps = arguments.bias_strides(problem, {"b": call.bias, **biases})
+    values |= bias_values
     within_tile = [abs(s[axis]) for s in steps.values() for axis in (1, 3)]
-    within_tile += [abs(step) for s in bias_steps.values() for step in s[2:]]
+    within_tile += [abs(step) for s in bias_steps for step in s[2:]]
     values["WIDE"] = max(within_tile) * MAX_HEAD_DIM >= 2**31
-    values["ALIGN"], values["BIAS_ALIGN"] = align, bias_align
+    values["ALIGN"] = align
     values["BLOCK_D"], values["BLOCK_DV"] = _blocks(problem, align)
     return values
 
 
 _ROWS = {"q": "m", "k": "n", "v": "n", "o": "m", "y": "m", "x": "m", "w": "n"}
-
-
-def _bias_steps(bias: Tensor | None) -> tuple[int, ...]:
-    """Strides over (batch, heads, q_len, k_len), 0 where bias is broadcast or absent."""
-    steps = [0, 0, 0, 0]
-    if bias is not None:
-        for axis in range(1, bias.ndim + 1):
-            steps[-axis] = 0 if bias.shape[-axis] == 1 else bias.stride(-axis)
-    return tuple(steps)
-
-
-def _alignment(dtype: torch.dtype, steps: Iterable[tuple[int, ...]], length: int) -> int:
-    """Elements in 16 bytes where every stride but the last, and length, is a multiple of that; else 1."""
-    elements = 16 // dtype.itemsize
-    multiples = all(step % elements == 0 for step_of in steps for step in step_of[:-1])
-    return elements if multiples and (length == 1 or length % elements == 0) else 1
 
 
 def _blocks(problem: Problem, align: int) -> tuple[int, int]:
@@ -172,13 +149,7 @@ def constants(problem: Problem, config: Config) -> dict[str, Any]:
         "STAGES": config.num_stages,
         "D": problem.qk_dim,
         "DV": problem.v_dim,
-        "VARLEN": problem.varlen,
-        "KIND": arguments.mask_kind(problem),
-        "LEFT": problem.table or problem.window_left is not None,
-        "SOFTCAP": arguments.softcap_kind(problem),
-        "ALIBI": problem.alibi,
-        "BIAS": problem.bias or "none",
-        "DROPOUT": problem.dropout_p > 0,
+        **arguments.features(problem),
         "PRECISION": float32_precision(problem),
         "WIDEN": problem.device == "cpu",
     }

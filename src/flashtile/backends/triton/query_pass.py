@@ -95,7 +95,7 @@ def queries_kernel(
     stride_xb, stride_xm, stride_xh = stride_xb * ALIGN, stride_xm * ALIGN, stride_xh * ALIGN
     stride_bb, stride_bh, stride_bm = stride_bb * BIAS_ALIGN, stride_bh * BIAS_ALIGN, stride_bm * BIAS_ALIGN
     stride_gb, stride_gh, stride_gm = stride_gb * BIAS_ALIGN, stride_gh * BIAS_ALIGN, stride_gm * BIAS_ALIGN
-    tile, bh = place(tiles, programs, section)
+    tile, bh = place(tl.program_id(0), tiles, programs, section)
     tile = tiles - 1 - tile
     b = (bh // heads).to(tl.int64)
     h = (bh % heads).to(tl.int64)

@@ -1,0 +1,51 @@
+"""Tile sizes and warp roles of the backward on Hopper: one short table, first match wins, every row with its reason."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from flashtile.problem import Problem
+
+@dataclass(frozen=True)
+class Config:
+    """Tile sizes and roles of the backward kernel.
+
+    block_m: query rows of a step. stages: slots of the ring of query and dO tiles. slots: of the shared memory through
+    which dQ leaves. registers: of a thread of the two consumers, of the warp group that makes dQ and of the warp that
+    loads; warp groups of four warps share 512, and the loading warp counts as one.
+    """
+
+    block_m: int
+    stages: int
+    slots: int
+    registers: tuple[int, int, int]
+
+    def __post_init__(self) -> None:
+        if self.block_m not in (64, 128):
+            raise ValueError(f"block_m: got {self.block_m}, expected 64 or 128")
+        consume, reduce, load = self.registers
+        if 2 * consume + reduce + load > 512:
+            raise ValueError(f"registers: got {self.registers}, expected at most 512 in all")
+
+
+class Row(NamedTuple):
+    """A config for padded head dims up to max_dim."""
+
+    max_dim: int
+    config: Config
+
+
+BACKWARD = (
+    Row(64, Config(128, 3, 1, (208, 72, 24))),
+    Row(128, Config(64, 3, 2, (208, 72, 24))),
+)
+
+
+def pick(problem: Problem) -> Config:
+    """Tiles and roles of the backward kernel."""
+    dim = max(problem.qk_dim, problem.v_dim)
+    for row in BACKWARD:
+        if dim <= row.max_dim:
+            return row.config
+    raise LookupError(f"no tile sizes for {problem}: the last rows of the table must serve every problem")

@@ -1,0 +1,263 @@
+"""Backward on Hopper: each program owns a tile of keys and walks over the query rows that see them.
+
+    for each query tile i:   P^T = exp2(K Q_i^T - lse_i)     dP^T = V dO_i^T       dV += P^T dO_i
+                             dS^T = P^T (dP^T - delta_i)     dK += dS^T Q_i        dQ_i += dS K
+
+Three roles (docs/kernels/hopper_backward.md has the drawing): a warp loads; two consumer warp groups of 64 keys each
+make S, P, dP and dS and keep dK and dV in their registers; one warp group makes dQ from the dS of both and adds it to
+a float32 accumulator in memory, by TMA. The query heads that share the key-value head are walked through one after
+the other, so dK and dV of grouped heads are summed in registers.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from flashtile.backends.hopper.backward_step import BiasGradient, keys_of, walk
+from flashtile.backends.hopper.backward_work import BLOCK_N, CONSUMERS, KEYS, Mask, Pipes, Scoring, place_of
+from flashtile.backends.hopper.descriptors import load_rows, store_rows, swizzled
+from flashtile.backends.hopper.dialect import aggregate, barrier, load, reduce_add, reinterpret
+from flashtile.backends.hopper.rings import Ring, barriers
+from flashtile.backends.hopper.tiles import accumulator
+from flashtile.gpu.arguments import RUNTIME
+from flashtile.gpu.sequences import place as program_place
+
+RUNTIME = [*RUNTIME, "stride_bb", "stride_bh", "stride_bm", "stride_gb", "stride_gh"]
+
+
+@gluon.jit
+def _load_keys(desc, full, tiles, place):
+    """Starts the copy of the program's keys (or values), one tile for each consumer."""
+    mbarrier.expect(full, CONSUMERS * desc.block_type.nbytes)
+    for w in gl.static_range(CONSUMERS):
+        key = place.first_key + KEYS * w
+        load_rows(desc, full, tiles.index(w), place.b, place.kv_h, place.k_start, place.k_len, key, place.VARLEN)
+
+
+@gluon.jit
+def _load(q_desc, k_desc, v_desc, do_desc, rows_desc, pipes, place, first, last):
+    """Loads the tiles of K and V, then query tiles first to last of every grouped head with dO, lse and delta."""
+    BLOCK_M: gl.constexpr = pipes.BLOCK_M
+    _load_keys(k_desc, pipes.loaded.index(0), pipes.keys, place)
+    n = 0
+    for g in range(place.group if pipes.GROUPED else 1):
+        h = place.head(g)
+        block = place.block(g)
+        for i in range(first, last):
+            row = i * BLOCK_M
+            full = pipes.queries.claim(n, q_desc.block_type.nbytes + rows_desc.block_type.nbytes)
+            load_rows(
+                q_desc, full, pipes.queries.slot(n), place.b, h, place.q_start, place.q_len, row, place.VARLEN
+            )
+            pair = pipes.rows.index(n % pipes.queries.STAGES * 2)
+            pair = reinterpret(pair, gl.float32, [2, BLOCK_M], rows_desc.layout)
+            load(rows_desc, [0, (block + i) * BLOCK_M], full, pair)
+            if n == 0:
+                _load_keys(v_desc, pipes.loaded.index(1), pipes.values, place)
+            full = pipes.douts.full.index(n % pipes.douts.STAGES)
+            mbarrier.expect(full, do_desc.block_type.nbytes)
+            load_rows(do_desc, full, pipes.douts.slot(n), place.b, h, place.q_start, place.q_len, row, place.VARLEN)
+            n += 1
+
+
+@aggregate
+class Turns:
+    """The order in which tiles of keys add to a block of dQ where it must not vary: the last tile first.
+
+    counters: for each block, how many tiles have added to it. Tiles are started in the same order, so that none waits
+    for one that cannot run.
+    """
+
+    counters: gl.tensor
+    ORDERED: gl.constexpr
+
+    @gluon.jit
+    def await_turn(self, block, before):
+        """Waits until `before` tiles have added to a block."""
+        if self.ORDERED:
+            seen = gl.atomic_add(self.counters + block, 0, sem="acquire")
+            while seen < before:
+                seen = gl.atomic_add(self.counters + block, 0, sem="acquire")
+
+    @gluon.jit
+    def pass_on(self, block):
+        """Lets the next tile add to a block, once everything that was added here has reached memory."""
+        if self.ORDERED:
+            # Not tma.store_wait, which waits until shared memory has been read only.
+            gl.inline_asm_elementwise(
+                "cp.async.bulk.wait_group 0; mov.b32 $0, $1;", "=r,r", [block], dtype=gl.int32, is_pure=False, pack=1
+            )
+            barrier()
+            gl.atomic_add(self.counters + block, 1, sem="release")
+
+
+@gluon.jit
+def _add(dq_desc, block, n, pipes, FROM: gl.constexpr, TO: gl.constexpr):
+    """dQ of step n, made from the dS of consumers FROM to TO, starts on its way to block `block` of the accumulator.
+
+    A [64, C] part of dQ lies there in the order of the accumulator's registers, so that its way through shared memory
+    is 16 bytes wide and free of bank conflicts.
+    """
+    C: gl.constexpr = min(pipes.D, 64)
+    COLUMNS: gl.constexpr = pipes.D // C
+    PARTS: gl.constexpr = pipes.BLOCK_M // 64 * COLUMNS
+    pipes.scores.await_full(n)
+    for part in gl.static_range(PARTS):
+        running = gl.zeros([64, C], gl.float32, accumulator(C))
+        for w in gl.static_range(FROM, TO):
+            ds = pipes.scores_of(n, w).slice(part // COLUMNS * 64, 64, dim=1)
+            k = pipes.keys.index(w).slice(part % COLUMNS * C, C, dim=1)
+            running = warpgroup_mma(ds.permute((1, 0)), k, running, use_acc=w > FROM, is_async=True)
+        tma.store_wait(pipes.SLOTS - 1)
+        dq = warpgroup_mma_wait(0, deps=(running,))
+        if part == PARTS - 1:
+            pipes.scores.release(n)
+        else:
+            barrier()
+        slot = pipes.exits.index(part % pipes.SLOTS)
+        slot.store(dq.reshape([4, 2, 8, C // 8, 4, 2]).permute([3, 0, 2, 4, 1, 5]).reshape([C // 4, 256]))
+        fence_async_shared()
+        barrier()
+        reduce_add(dq_desc, [(block * PARTS + part) * (C // 4), 0], slot)
+
+
+@gluon.jit
+def _add_steps(
+    dq_desc, n, begin, end, base, furthest, tiles, turns, pipes, place, mask, FROM: gl.constexpr, TO: gl.constexpr
+):
+    """Steps begin to end of one head. furthest: the last tile of keys that step `begin` - 1 sees, or this one."""
+    for i in range(begin, end):
+        if turns.ORDERED:
+            if i > begin or n > 0:
+                turns.pass_on(base + i - 1)
+            while (furthest + 1 < tiles) & (mask.first_tile((furthest + 1) * BLOCK_N, place) <= i):
+                furthest += 1
+            turns.await_turn(base + i, furthest - place.tile)
+        _add(dq_desc, base + i, n, pipes, FROM, TO)
+        n += 1
+    return n, furthest
+
+
+@gluon.jit
+def _reduce(dq_desc, turns, pipes, place, mask, spans):
+    """Makes dQ of each step from the dS of the consumers whose keys its rows see, and adds it up in memory."""
+    first, stop_0 = spans[0][0], spans[0][3]
+    start_1, last = spans[1][0], spans[1][3]
+    tiles = gl.cdiv(place.k_len, BLOCK_N)
+    mbarrier.wait(pipes.loaded.index(0), 0)
+    n = 0
+    for g in range(place.group if pipes.GROUPED else 1):
+        base = place.block(g)
+        furthest = place.tile
+        if mask.KIND != "none" or mask.RAGGED:
+            n, furthest = _add_steps(
+                dq_desc, n, first, start_1, base, furthest, tiles, turns, pipes, place, mask, 0, 1
+            )
+        n, furthest = _add_steps(dq_desc, n, start_1, stop_0, base, furthest, tiles, turns, pipes, place, mask, 0, 2)
+        if mask.LEFT:
+            n, furthest = _add_steps(
+                dq_desc, n, stop_0, last, base, furthest, tiles, turns, pipes, place, mask, 1, 2
+            )
+        if last > first:
+            turns.pass_on(base + last - 1)
+    mbarrier.arrive(pipes.done.index(0), count=1)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _consume(dk_desc, dv_desc, pipes, place, mask, scoring, dbias, spans, WG: gl.constexpr):
+    """dK and dV of the 64 keys number WG."""
+    dtype: gl.constexpr = dk_desc.dtype
+    dk = gl.zeros([KEYS, pipes.D], gl.float32, accumulator(pipes.D))
+    dv = gl.zeros([KEYS, pipes.DV], gl.float32, accumulator(pipes.DV))
+    mbarrier.wait(pipes.loaded.index(0), 0)
+    mbarrier.wait(pipes.loaded.index(1), 0)
+    first, last = spans[0][0], spans[1][3]
+    n = 0
+    for g in range(place.group if pipes.GROUPED else 1):
+        keys = keys_of(place, mask, scoring, g, WG)
+        dk, dv, n = walk(dk, dv, n, spans[WG], first, last, pipes, keys, mask, scoring, dbias, WG)
+    k = pipes.keys.index(WG)
+    v = pipes.values.index(WG)
+    key = place.first_key + KEYS * WG
+    scale = scoring.scale
+    if scoring.DROPOUT:
+        dv = dv * scoring.keep_scale
+        scale = scale * scoring.keep_scale
+    v.store(dv.to(dtype))
+    fence_async_shared()
+    barrier()
+    store_rows(dv_desc, v, place.b, place.kv_h, place.k_start, place.k_len, key, place.VARLEN)
+    dk = dk * scale
+    mbarrier.wait(pipes.done.index(0), 0)
+    k.store(dk.to(dtype))
+    fence_async_shared()
+    barrier()
+    store_rows(dk_desc, k, place.b, place.kv_h, place.k_start, place.k_len, key, place.VARLEN)
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=RUNTIME)
+def backward_kernel(
+    q_desc, k_desc, v_desc, do_desc, rows_desc, dq_desc, dk_desc, dv_desc, first_rows, end_rows, dbias, counters, bias,
+    slopes, sinks, cu_q, cu_k, lo, hi, rng, mailbox, stride_bb, stride_bh, stride_bm, stride_gb, stride_gh, stride_sb,
+    stride_tb, batch, heads, group, max_q, max_k, total_q, total_k, padded, tiles, programs, section, left, right,
+    scale, softcap, threshold, keep_scale, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr,
+    CONSUME_REGISTERS: gl.constexpr, REDUCE_REGISTERS: gl.constexpr, LOAD_REGISTERS: gl.constexpr,
+    GROUPED: gl.constexpr, VARLEN: gl.constexpr, KIND: gl.constexpr, LEFT: gl.constexpr, RAGGED: gl.constexpr,
+    SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, BIAS: gl.constexpr, BIAS_ALIGN: gl.constexpr,
+    BIAS_STEP: gl.constexpr, DROPOUT: gl.constexpr, ORDERED: gl.constexpr, DBIAS: gl.constexpr,
+    DETERMINISTIC: gl.constexpr,
+):  # fmt: skip
+    dtype: gl.constexpr = q_desc.dtype
+    D: gl.constexpr = k_desc.block_type.shape[-1]
+    DV: gl.constexpr = v_desc.block_type.shape[-1]
+    tile, bh = program_place(gl.program_id(0), tiles, programs, section)
+    if DETERMINISTIC:
+        tile = tiles - 1 - tile
+    place = place_of(
+        tile, bh, cu_q, cu_k, mailbox, heads, group, max_q, max_k, total_q, total_k, padded, VARLEN, BLOCK_M
+    )
+    if place.first_key >= place.k_len:
+        return
+    table = place.b.to(gl.int64) * stride_tb
+    mask = Mask(first_rows + table, end_rows + table, left, right, KIND, LEFT, RAGGED)
+    scoring = Scoring(
+        bias, slopes, rng, stride_bb, stride_bh, stride_bm, stride_sb, scale, softcap, threshold, keep_scale, SOFTCAP,
+        ALIBI, BIAS, BIAS_ALIGN, BIAS_STEP, DROPOUT, ORDERED,
+    )  # fmt: skip
+    bias_gradient = BiasGradient(dbias, stride_gb, stride_gh, max_k, DBIAS)
+    spans = mask.walks(place)
+
+    keys = gl.allocate_shared_memory(dtype, [CONSUMERS, KEYS, D], swizzled(2, D))
+    values = gl.allocate_shared_memory(dtype, [CONSUMERS, KEYS, DV], swizzled(2, DV))
+    q_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, D], swizzled(2, D))
+    do_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, DV], swizzled(2, DV))
+    ds_tiles = gl.allocate_shared_memory(dtype, [2 * CONSUMERS, KEYS, BLOCK_M], swizzled(2, BLOCK_M))
+    rows = gl.allocate_shared_memory(gl.float32, [2 * STAGES, 1, BLOCK_M], rows_desc.layout)
+    exits = gl.allocate_shared_memory(gl.float32, [SLOTS, min(D, 64) // 4, 256], dq_desc.layout)
+    empty = barriers(STAGES, CONSUMERS)
+    pipes = Pipes(
+        keys, values, barriers(2, 1), barriers(1, 1), Ring(q_tiles, barriers(STAGES, 1), empty, STAGES), rows,
+        Ring(do_tiles, barriers(STAGES, 1), empty, STAGES), Ring(ds_tiles, barriers(2, CONSUMERS), barriers(2, 1), 2),
+        exits, BLOCK_M, D, DV, SLOTS, GROUPED,
+    )  # fmt: skip
+    turns = Turns(counters, DETERMINISTIC)
+    fence_async_shared()
+    barrier()
+    gl.warp_specialize(
+        [
+            (_reduce, (dq_desc, turns, pipes, place, mask, spans)),
+            (_consume, (dk_desc, dv_desc, pipes, place, mask, scoring, bias_gradient, spans, 0)),
+            (_consume, (dk_desc, dv_desc, pipes, place, mask, scoring, bias_gradient, spans, 1)),
+            (_load, (q_desc, k_desc, v_desc, do_desc, rows_desc, pipes, place, spans[0][0], spans[1][3])),
+        ],
+        [4, 4, 1],
+        [CONSUME_REGISTERS, CONSUME_REGISTERS, LOAD_REGISTERS],
+    )

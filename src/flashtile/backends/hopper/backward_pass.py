@@ -1,0 +1,151 @@
+"""Backward on Hopper, in three launches: what it needs of each row, the gradients, and dQ from its accumulator."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from flashtile.backends.hopper import backward_configs, backward_epilogue, backward_prologue, descriptors, launch
+from flashtile.backends.hopper.backward_kernel import backward_kernel
+from flashtile.backends.hopper.backward_work import BLOCK_N
+from flashtile.gpu import arguments, bias_gradient
+from flashtile.masks import rows_seeing
+from flashtile.problem import Call, Problem
+
+
+def backward(
+    problem: Problem,
+    call: Call,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    grads: tuple[Tensor, Tensor, Tensor],
+    bias_grad: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Writes dq, dk, dv and returns (dbias, dsinks)."""
+    call = arguments.with_dense_bias(call)
+    q, k, v, dout = (descriptors.aligned(tensor) for tensor in (call.q, call.k, call.v, dout))
+    kind = bias_gradient.kind(problem) if bias_grad else "none"
+    each = kind == "summed" and problem.deterministic  # every head's own gradient is added up in a fixed order
+    dbias = _bias_memory(problem, call, kind, each)
+    rows = torch.empty(2, arguments.scratch_rows(problem), dtype=torch.float32, device=q.device)
+    columns = descriptors.width(problem.qk_dim)
+    accumulated = torch.empty(rows.shape[1] * columns // 256, 256, dtype=torch.float32, device=q.device)
+    sums = rows
+    if problem.sinks:
+        shape = (problem.batch, problem.q_heads, backward_prologue.tiles(problem))
+        sums = torch.empty(shape, dtype=torch.float32, device=q.device)
+    dlse_or_lse = lse if dlse is None else dlse.contiguous()
+    dbias_or_rows = rows if dbias is None else dbias
+
+    counters = torch.empty(rows.shape[1] // 64 if problem.deterministic else 0, dtype=torch.int32, device=q.device)
+    tensors = (out, dout, lse, dlse_or_lse, rows, accumulated, counters, dbias_or_rows, sums)
+    backward_prologue.run(problem, call, tensors, kind, dlse is not None)
+
+    dq, *dkv = grads
+    dk, dv = (grad if descriptors.fits(grad) else descriptors.aligned_like(grad) for grad in dkv)
+    first_rows, end_rows = (
+        (q, q) if call.lo is None or call.hi is None else rows_seeing(call.lo, call.hi, problem.k_len)
+    )
+    boxed = (q, k, v, dout, rows, accumulated, dk, dv)
+    tensors = (first_rows, end_rows, dbias_or_rows, counters)
+    variant = ("tile" if each else kind, first_rows.stride(0) if problem.table and first_rows.shape[0] > 1 else 0)
+    launch.run(backward_kernel, problem, call, boxed, tensors, prepare, variant)
+
+    for grad, written in zip(dkv, (dk, dv), strict=True):
+        if written is not grad:
+            grad.copy_(written)
+    backward_epilogue.run(problem, call, (accumulated, *grads))
+    if dbias is not None and kind != "tile":
+        dbias = bias_gradient.finish_sums(problem, call, kind, dbias)
+    dsinks = None if call.sinks is None else sums.sum((0, 2)).to(call.sinks.dtype)
+    return dbias, dsinks
+
+
+def _bias_memory(problem: Problem, call: Call, kind: str, each: bool) -> Tensor | None:
+    """What the kernels fill: float32 where several of them add to the same place."""
+    if kind != "summed":
+        return bias_gradient.allocate(problem, call, kind)
+    batch, heads = (problem.batch, problem.q_heads) if each else problem.bias_shape[:2]  # type: ignore[index]
+    return torch.zeros(batch, heads, problem.q_len, problem.k_len, dtype=torch.float32, device=call.q.device)
+
+
+def accumulator_columns(problem: Problem) -> int:
+    """Columns of the [64, C] parts in which dQ is accumulated."""
+    return min(descriptors.width(problem.qk_dim), 64)
+
+
+def prepare(problem: Problem, call: Call, boxed: tuple[Tensor, ...], variant: tuple[Any, ...]) -> launch.Plan:
+    """The launch of the main kernel.
+
+    boxed: q, k, v, dout, rows, dq's accumulator, dk, dv; variant: the kind
+    of dbias, and the stride of a transposed mask's table over the batch.
+    """
+    config = backward_configs.pick(problem)
+    kind, stride_tb = variant
+    tiles = max(1, triton.cdiv(problem.k_len, BLOCK_N.value))
+    programs = problem.batch * problem.kv_heads
+    biases, _ = arguments.bias_strides(problem, {"b": call.bias})
+    consume, reduce, load = config.registers
+    stride_gb, stride_gh = _bias_gradient_strides(problem, kind)
+    values: dict[str, Any] = {
+        **arguments.scalars(problem, call),
+        **arguments.features(problem),
+        **biases,
+        "BIAS_STEP": biases.pop("stride_bn"),
+        "stride_gb": stride_gb,
+        "stride_gh": stride_gh,
+        "tiles": tiles,
+        "programs": programs,
+        "section": 1,
+        "BLOCK_M": config.block_m,
+        "STAGES": config.stages,
+        "SLOTS": config.slots,
+        "CONSUME_REGISTERS": consume,
+        "REDUCE_REGISTERS": reduce,
+        "LOAD_REGISTERS": load,
+        "GROUPED": problem.group > 1,
+        "RAGGED": problem.varlen or problem.k_len % BLOCK_N.value > 0,
+        "ORDERED": problem.window_right is not None and problem.window_right <= 0,
+        "DETERMINISTIC": problem.deterministic,
+        "DBIAS": "none" if kind == "row" else kind,
+        "stride_tb": stride_tb,
+    }
+    return launch.Plan(tiles * programs, values, {"num_warps": 4}, partial(_describe, problem, config))
+
+
+def _bias_gradient_strides(problem: Problem, kind: str) -> tuple[int, int]:
+    """Elements between batches and heads of what the kernel fills for a kind of dbias, 0 where it is broadcast."""
+    if kind == "column":
+        return problem.q_heads * problem.k_len, problem.k_len
+    size = problem.q_len * problem.k_len
+    if kind == "summed":
+        assert problem.bias_shape is not None
+        batch, heads = problem.bias_shape[:2]
+        return size * heads if batch > 1 else 0, size if heads > 1 else 0
+    return size * problem.q_heads, size
+
+
+def _describe(
+    problem: Problem, config: backward_configs.Config, boxed: tuple[Tensor, ...]
+) -> tuple[TensorDescriptor, ...]:
+    q, k, v, dout, rows, accumulated, dk, dv = boxed
+    dim, v_dim = descriptors.width(problem.qk_dim), descriptors.width(problem.v_dim)
+    plain = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
+    return (
+        descriptors.rows(q, config.block_m, dim, problem.varlen),
+        descriptors.rows(k, 64, dim, problem.varlen),
+        descriptors.rows(v, 64, v_dim, problem.varlen),
+        descriptors.rows(dout, config.block_m, v_dim, problem.varlen),
+        TensorDescriptor.from_tensor(rows, [2, config.block_m], plain),
+        TensorDescriptor.from_tensor(accumulated, [accumulator_columns(problem) // 4, 256], plain),
+        descriptors.rows(dk, 64, dim, problem.varlen),
+        descriptors.rows(dv, 64, v_dim, problem.varlen),
+    )

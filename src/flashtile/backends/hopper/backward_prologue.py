@@ -1,0 +1,124 @@
+"""Before the backward's main kernel: what it needs of each query row, and zeros to add dQ to.
+
+    delta = rowsum(dO O) - dlse          lse in base 2, +inf for rows that see nothing or do not exist
+
+With lse = +inf the weights of a row are 0 without a mask. The gradients of sinks and of a bias that is one per query
+row need no more than this, and are made here too.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from flashtile.backends.hopper import descriptors, launch
+from flashtile.backends.hopper.strides import aligned_strides
+from flashtile.gpu import arguments
+from flashtile.gpu.scores import LOG2E
+from flashtile.gpu.sequences import place, scratch_row, sequence
+from flashtile.problem import Call, Problem
+
+ROWS = 64  # of a program
+
+
+@triton.jit(do_not_specialize=arguments.RUNTIME)
+def prologue_kernel(
+    out, dout, lse, dlse, rows, accumulated, counters, dbias, dsinks, bias,
+    slopes, sinks, cu_q, cu_k, lo, hi, rng, mailbox,
+    stride_ob, stride_om, stride_oh, stride_od, stride_yb, stride_ym, stride_yh, stride_yd, batch, heads, max_q,
+    total_q, padded, scratch, tiles, programs, section, keep_scale,
+    ROWS: tl.constexpr, D: tl.constexpr, DIM_V: tl.constexpr, DV: tl.constexpr, VARLEN: tl.constexpr,
+    SINKS: tl.constexpr, DLSE: tl.constexpr, DBIAS: tl.constexpr, COUNTERS: tl.constexpr, DROPOUT: tl.constexpr,
+    ALIGN: tl.constexpr,
+):  # fmt: skip
+    stride_ob, stride_om, stride_oh = stride_ob * ALIGN, stride_om * ALIGN, stride_oh * ALIGN
+    stride_yb, stride_ym, stride_yh = stride_yb * ALIGN, stride_ym * ALIGN, stride_yh * ALIGN
+    tile, bh = place(tl.program_id(0), tiles, programs, section)
+    b = (bh // heads).to(tl.int64)
+    h = (bh % heads).to(tl.int64)
+    q_start, q_len = sequence(cu_q, b, max_q, total_q, 0, mailbox, VARLEN, False)
+    first_row = tile * ROWS
+    if SINKS:
+        tl.store(dsinks + bh * tiles + tile, 0.0)
+    if first_row >= (q_len + 127) // 128 * 128:
+        return
+    row = first_row + tl.arange(0, ROWS)
+    column = tl.arange(0, DV)
+    inside = row < q_len
+    both = inside[:, None] & (column < DIM_V)[None, :]
+    at = (q_start + row).to(tl.int64)[:, None]
+    o = tl.load(out + b * stride_ob + h * stride_oh + at * stride_om + column[None, :] * stride_od, both, 0.0)
+    do = tl.load(dout + b * stride_yb + h * stride_yh + at * stride_ym + column[None, :] * stride_yd, both, 0.0)
+    per_row = (h * total_q + q_start if VARLEN else (b * heads + h) * max_q) + row
+    product = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    delta = product
+    if DLSE:
+        delta -= tl.load(dlse + per_row, mask=inside, other=0.0)
+    lse_row = tl.load(lse + per_row, mask=inside, other=float("inf")) * LOG2E
+    lse_row = tl.where(lse_row == -float("inf"), float("inf"), lse_row)
+    scratch_at = scratch_row(b, h, heads, q_start, padded, VARLEN) + first_row
+    tl.store(rows + scratch_at + tl.arange(0, ROWS), lse_row)
+    kept_delta = delta
+    if DROPOUT:
+        # What is kept is scaled once, at the end, and so is all of dS.
+        kept_delta = delta / keep_scale if keep_scale > 0.0 else delta * 0.0
+    tl.store(rows + scratch + scratch_at + tl.arange(0, ROWS), kept_delta)
+    if COUNTERS:
+        tl.store(counters + scratch_at // ROWS, 0)
+    weight = tl.zeros([ROWS], tl.float32)
+    if SINKS:
+        weight = tl.exp2(tl.load(sinks + h).to(tl.float32) * LOG2E - lse_row)
+        tl.store(dsinks + bh * tiles + tile, -tl.sum(weight * delta, 0))
+    if DBIAS == "row":
+        # The sum of dS = P (dP - delta) over all keys: P sums to 1 less the sink's share, P dP to dO O.
+        total = tl.where(lse_row == float("inf"), 0.0, product - delta * (1.0 - weight))
+        tl.store(dbias + (b * heads + h) * max_q + row, total, mask=inside)
+    zeros = tl.zeros([ROWS * D], tl.float32)
+    tl.store(accumulated + scratch_at.to(tl.int64) * D + tl.arange(0, ROWS * D), zeros)
+
+
+def run(problem: Problem, call: Call, tensors: tuple[Tensor, ...], kind: str, dlse: bool) -> None:
+    """tensors: out, dout, lse, dlse, rows, dq's accumulator, counters, dbias, dsinks, stand-ins for absent ones."""
+    make = partial(prepare, tensors=tensors)
+    launch.run(prologue_kernel, problem, call, (), tensors, make, (kind, dlse))
+
+
+def tiles(problem: Problem) -> int:
+    """Programs for the rows of one head."""
+    return 128 // ROWS * max(1, triton.cdiv(problem.q_len, 128))
+
+
+def prepare(
+    problem: Problem,
+    call: Call,
+    boxed: tuple[Tensor, ...],
+    variant: tuple[Any, ...],
+    tensors: tuple[Tensor, ...],
+) -> launch.Plan:
+    out, dout = tensors[:2]
+    kind, dlse = variant
+    programs = problem.batch * problem.q_heads
+    strides, align = aligned_strides(problem, {"o": out, "y": dout})
+    values = {
+        **arguments.scalars(problem, call),
+        **strides,
+        "ALIGN": align,
+        "tiles": tiles(problem),
+        "programs": programs,
+        "section": 1,
+        "ROWS": ROWS,
+        "D": descriptors.width(problem.qk_dim),
+        "DIM_V": problem.v_dim,
+        "DV": descriptors.width(problem.v_dim),
+        "VARLEN": problem.varlen,
+        "SINKS": problem.sinks,
+        "DLSE": dlse,
+        "DBIAS": kind,
+        "COUNTERS": problem.deterministic,
+        "DROPOUT": problem.dropout_p > 0,
+    }
+    return launch.Plan(tiles(problem) * programs, values, {"num_warps": 4}, lambda boxed: ())

@@ -1,0 +1,273 @@
+"""What a consumer of the backward does: from the products S^T and dP^T of its 64 keys to P^T, dS^T, dV and dK."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
+
+from flashtile.backends.hopper.backward_work import KEYS
+from flashtile.backends.hopper.dialect import aggregate
+from flashtile.backends.hopper.tiles import accumulator, left_operand, partial_sums
+from flashtile.gpu.philox import keep, random_state
+from flashtile.gpu.scores import LOG2E, score
+
+MINUS_INFINITY = gl.constexpr(float("-inf"))
+NEVER = gl.constexpr(2**30)
+
+
+@aggregate
+class Keys:
+    """The 64 keys of a consumer and a query head: which they are, which rows see them, what their scores depend on."""
+
+    b: gl.tensor
+    h: gl.tensor
+    bh: gl.tensor
+    first: gl.tensor
+    lane: gl.tensor
+    begin: gl.tensor
+    end: gl.tensor
+    q_len: gl.tensor
+    k_len: gl.tensor
+    bias: gl.tensor
+    slope: gl.tensor
+    seed_low: gl.tensor
+    seed_high: gl.tensor
+    offset: gl.tensor
+    BLOCK_M: gl.constexpr
+
+    @gluon.jit
+    def line(self):
+        """0, 1, ..., BLOCK_M - 1: the columns of a transposed tile of scores, which are query rows."""
+        return gl.arange(0, self.BLOCK_M, layout=gl.SliceLayout(0, accumulator(self.BLOCK_M)))
+
+
+@gluon.jit
+def keys_of(place, mask, scoring, g, WG: gl.constexpr):
+    """The Keys of consumer WG and the g-th query head of the group."""
+    first = place.first_key + KEYS * WG
+    lane = gl.arange(0, KEYS, layout=gl.SliceLayout(1, accumulator(place.BLOCK_M)))
+    begin, end = mask.seeing(first + lane, place)
+    if mask.RAGGED:
+        begin = gl.where(first + lane < place.k_len, begin, NEVER)
+    h = place.head(g)
+    low, high, offset = random_state(scoring.rng, scoring.DROPOUT)
+    return Keys(
+        place.b, h, place.b * place.heads + h, first, lane, begin, end, place.q_len, place.k_len,
+        scoring.bias_of(place.b, h), scoring.slope(place.b, h), low, high, offset, place.BLOCK_M,
+    )  # fmt: skip
+
+
+@aggregate
+class BiasGradient:
+    """Where dS goes for the gradient of a bias. KIND: as flashtile.gpu.bias_gradient has it, or "none".
+
+    "tile" stores each value, "summed" adds it to what other batches and heads add there, "column" sums over the query
+    rows: float32 (batch, heads, max_k). Strides are 0 where the bias is broadcast.
+    """
+
+    target: gl.tensor
+    stride_b: gl.tensor
+    stride_h: gl.tensor
+    max_k: gl.tensor
+    KIND: gl.constexpr
+
+    @gluon.jit
+    def of_head(self, keys):
+        return self.target + keys.b.to(gl.int64) * self.stride_b + keys.h.to(gl.int64) * self.stride_h
+
+    @gluon.jit
+    def take(self, ds, m, keys, scoring):
+        """A tile of dS^T, the query rows from m."""
+        base = self.of_head(keys) + m.to(gl.int64) * self.max_k
+        line = keys.line()
+        col = keys.first + keys.lane
+        inside = (col < keys.k_len)[:, None] & (m + line < keys.q_len)[None, :]
+        at = col[:, None] + line[None, :] * self.max_k
+        if scoring.DROPOUT:
+            ds = ds.to(gl.float32) * scoring.keep_scale
+        value = ds.to(self.target.dtype.element_ty)
+        if self.KIND == "tile":
+            gl.store(base + at, value, mask=inside)
+        else:
+            gl.atomic_add(base + at, value, mask=inside, sem="relaxed")
+
+    @gluon.jit
+    def no_sums(self, BLOCK_M: gl.constexpr):
+        """What `walk` starts its column sums with."""
+        if self.KIND == "column":
+            return partial_sums(gl.zeros([KEYS, BLOCK_M], gl.float32, accumulator(BLOCK_M)))
+        else:
+            return 0.0
+
+    @gluon.jit
+    def store_sums(self, sums, keys, scoring):
+        total = gl.convert_layout(gl.sum(sums, 1), gl.SliceLayout(1, accumulator(keys.BLOCK_M)))
+        if scoring.DROPOUT:
+            total = total * scoring.keep_scale
+        col = keys.first + keys.lane
+        gl.store(self.of_head(keys) + col, total, mask=col < keys.k_len)
+
+
+@gluon.jit
+def _load_bias(m, keys, scoring):
+    """The bias of a transposed tile of scores, 0 without one."""
+    if scoring.BIAS == "none":
+        return 0.0
+    else:
+        line = keys.line()
+        col = keys.first + keys.lane
+        base = keys.bias + m.to(gl.int64) * scoring.stride_bm * scoring.BIAS_ALIGN
+        at = col[:, None] * scoring.BIAS_STEP + line[None, :] * (scoring.stride_bm * scoring.BIAS_ALIGN)
+        exists = col < keys.k_len // scoring.BIAS_ALIGN * scoring.BIAS_ALIGN
+        return gl.load(base + at, mask=exists[:, None] & (m + line < keys.q_len)[None, :], other=0.0)
+
+
+@gluon.jit
+def _kept_bits(m, keys, scoring):
+    """[64, 4]: what dropout keeps of a tile, one bit for each value that a thread holds of a row; 0 without dropout.
+
+    Made while S is being multiplied, when registers are free, it keeps the random numbers out of the way later.
+    """
+    if scoring.DROPOUT:
+        state = (keys.seed_low, keys.seed_high, keys.offset)
+        lane = keys.lane
+        kept = keep(m, keys.line()[None, :], keys.first, lane[:, None], keys.bh, state, scoring.threshold)
+        return partial_sums(gl.where(kept, 1 << _places(keys)[None, :], 0))
+    else:
+        return 0
+
+
+@gluon.jit
+def _places(keys):
+    """The bit of each column in `_kept_bits`."""
+    line = keys.line()
+    return ((line >> 3) << 1) | (line & 1)
+
+
+@gluon.jit
+def _kept(bits, keys):
+    """The bits of `_kept_bits` as booleans, [64, BLOCK_M]."""
+    BLOCK_M: gl.constexpr = keys.BLOCK_M
+    places = gl.zeros([KEYS, BLOCK_M], gl.int32, accumulator(BLOCK_M)) + _places(keys)[None, :]
+    kept = (bits[:, None, :, None] >> places.reshape([KEYS, BLOCK_M // 8, 4, 2])) & 1
+    return gl.convert_layout(kept.reshape([KEYS, BLOCK_M]), accumulator(BLOCK_M)) != 0
+
+
+@gluon.jit
+def _exponents(s, lse, bias, m, keys, mask, scoring, MASKED: gl.constexpr):
+    """(log2 of P^T, tanh of the softcap) from raw products."""
+    line = keys.line()
+    capped = s
+    PLAIN: gl.constexpr = scoring.SOFTCAP == "none" and scoring.BIAS == "none"
+    if PLAIN and not scoring.ALIBI:
+        x = s * (scoring.scale * LOG2E) - lse
+    elif PLAIN and scoring.ORDERED:
+        # Where a row sees only keys up to its own, the distance needs no absolute value and is a sum of two terms.
+        # Positions count from the tile: what is near stays small, and floats hold it exactly.
+        slope = keys.slope * LOG2E
+        distance = (m + (keys.k_len - keys.q_len) - keys.first + line).to(gl.float32)
+        x = s * (scoring.scale * LOG2E) + (keys.lane.to(gl.float32) * slope)[:, None] - (lse + (distance * slope)[None, :])
+    else:
+        s, capped = score(
+            s, (m + line)[None, :], (keys.first + keys.lane)[:, None], keys.k_len - keys.q_len, scoring.scale,
+            scoring.softcap, keys.slope, bias, scoring.SOFTCAP, scoring.ALIBI, scoring.BIAS,
+        )  # fmt: skip
+        x = s - lse
+    if MASKED:
+        seen = line[None, :] >= (keys.begin - m)[:, None]
+        if mask.LEFT:
+            seen = seen & (line[None, :] < (keys.end - m)[:, None])
+        x = gl.where(seen, x, MINUS_INFINITY)
+    return x, capped
+
+
+@gluon.jit
+def _multiply(a, b):
+    """a * b of 16-bit values, two at a time."""
+    if a.dtype == gl.bfloat16:
+        return gl.inline_asm_elementwise(
+            "mul.rn.bf16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=gl.bfloat16, is_pure=True, pack=2
+        )
+    else:
+        return gl.inline_asm_elementwise(
+            "mul.rn.f16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=gl.float16, is_pure=True, pack=2
+        )
+
+
+@gluon.jit
+def _score_gradients(p, dp, delta):
+    """dS^T = P^T (dP^T - delta) in 16 bits, before the softcap's derivative."""
+    if p.dtype == gl.bfloat16:
+        return _multiply(p, (dp - delta).to(gl.bfloat16))
+    else:  # dP may be larger than float16 holds where P is small
+        return (p.to(gl.float32) * (dp - delta)).to(p.dtype)
+
+
+@gluon.jit
+def _step(dk, dv, sums, n, m, pipes, keys, mask, scoring, dbias, WG: gl.constexpr, MASKED: gl.constexpr):
+    """Step n, the query rows from m."""
+    LAYOUT: gl.constexpr = accumulator(pipes.BLOCK_M)
+    k = pipes.keys.index(WG)
+    v = pipes.values.index(WG)
+    zero = gl.zeros([KEYS, pipes.BLOCK_M], gl.float32, LAYOUT)
+    bias = _load_bias(m, keys, scoring)
+    q = pipes.queries.wait(n)
+    running = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
+    bits = _kept_bits(m, keys, scoring)
+    s = warpgroup_mma_wait(0, deps=(running,))
+    x, capped = _exponents(s, pipes.of_rows(n, 0, LAYOUT), bias, m, keys, mask, scoring, MASKED)
+    weights = gl.exp2(x)
+    p = weights.to(k.dtype)
+    dropped = p
+    if scoring.DROPOUT:
+        dropped = gl.where(_kept(bits, keys), weights, 0.0).to(k.dtype)
+    do = pipes.douts.wait(n)
+    running = warpgroup_mma(v, do.permute((1, 0)), zero, use_acc=False, is_async=True)
+    dv_running = warpgroup_mma(gl.convert_layout(dropped, left_operand(pipes.DV)), do, dv, is_async=True)
+    delta = pipes.of_rows(n, 1, LAYOUT)
+    dp = warpgroup_mma_wait(1, deps=(running,))
+    if scoring.DROPOUT:
+        dp = gl.where(_kept(bits, keys), dp, 0.0)
+    ds = _score_gradients(p, dp, delta)
+    if dbias.KIND == "column":
+        sums += partial_sums(ds.to(gl.float32))
+    elif dbias.KIND != "none":
+        dbias.take(ds, m, keys, scoring)
+    if scoring.SOFTCAP != "none":
+        ds = _multiply(ds, (1.0 - capped * capped).to(k.dtype))
+    pipes.await_scores_read(n)
+    pipes.scores_of(n, WG).store(ds)
+    fence_async_shared()
+    dk_running = warpgroup_mma(gl.convert_layout(ds, left_operand(pipes.D)), q, dk, is_async=True)
+    pipes.announce_scores(n)
+    dv, dk = warpgroup_mma_wait(0, deps=(dv_running, dk_running))
+    pipes.queries.release(n)
+    return dk, dv, sums
+
+
+@gluon.jit
+def walk(dk, dv, n, span, first, last, pipes, keys, mask, scoring, dbias, WG: gl.constexpr):
+    """The query tiles of one head added to dK and dV: a masked start, an unmasked middle, a masked end.
+
+    span: what this consumer's keys are seen by; first, last: what the whole program walks through.
+    """
+    BLOCK_M: gl.constexpr = pipes.BLOCK_M
+    start, full, partial, stop = span
+    sums = dbias.no_sums(BLOCK_M)
+    if WG == 1:
+        n = pipes.skip(n, start - first)
+    if mask.KIND != "none" or mask.RAGGED:
+        for i in range(start, full):
+            dk, dv, sums = _step(dk, dv, sums, n, i * BLOCK_M, pipes, keys, mask, scoring, dbias, WG, True)
+            n += 1
+    for i in range(gl.maximum(full, start), partial):
+        dk, dv, sums = _step(dk, dv, sums, n, i * BLOCK_M, pipes, keys, mask, scoring, dbias, WG, False)
+        n += 1
+    if mask.LEFT:
+        for i in range(gl.maximum(partial, start), stop):
+            dk, dv, sums = _step(dk, dv, sums, n, i * BLOCK_M, pipes, keys, mask, scoring, dbias, WG, True)
+            n += 1
+        if WG == 0:
+            n = pipes.skip(n, last - stop)
+    if dbias.KIND == "column":
+        dbias.store_sums(sums, keys, scoring)
+    return dk, dv, n

@@ -1,0 +1,213 @@
+"""What the roles of the backward kernel share: where the work lies, how scores are made, and what flows between them."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from flashtile.backends.hopper.dialect import aggregate
+from flashtile.backends.hopper.rings import Ring
+from flashtile.gpu.intervals import key_interval, split
+from flashtile.gpu.sequences import scratch_row, sequence
+
+CONSUMERS = gl.constexpr(2)
+KEYS = gl.constexpr(64)  # of a consumer
+BLOCK_N = gl.constexpr(128)  # keys of a program
+
+
+@aggregate
+class Place:
+    """One tile of keys: its sequence, its key-value head and the query heads that share it."""
+
+    tile: gl.tensor
+    b: gl.tensor
+    kv_h: gl.tensor
+    heads: gl.tensor
+    group: gl.tensor
+    first_key: gl.tensor
+    q_start: gl.tensor
+    q_len: gl.tensor
+    k_start: gl.tensor
+    k_len: gl.tensor
+    scratch: gl.tensor
+    padded: gl.tensor
+    VARLEN: gl.constexpr
+    BLOCK_M: gl.constexpr
+
+    @gluon.jit
+    def head(self, g):
+        """The g-th query head of the group."""
+        return self.kv_h * self.group + g
+
+    @gluon.jit
+    def block(self, g):
+        """The first block of BLOCK_M rows of the g-th query head in the scratch."""
+        return (self.scratch + g * self.padded) // self.BLOCK_M
+
+
+@gluon.jit
+def place_of(
+    tile, bh, cu_q, cu_k, mailbox, heads, group, max_q, max_k, total_q, total_k, padded, VARLEN: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+):  # fmt: skip
+    """The Place of tile number `tile` of key-value head bh, counted over the batch."""
+    kv_heads = heads // group
+    b = bh // kv_heads
+    kv_h = bh % kv_heads
+    q_start, q_len = sequence(cu_q, b, max_q, total_q, 0, mailbox, VARLEN, False)
+    k_start, k_len = sequence(cu_k, b, max_k, total_k, 2, mailbox, VARLEN, False)
+    scratch = scratch_row(b, kv_h * group, heads, q_start, padded, VARLEN)
+    return Place(
+        tile, b, kv_h, heads, group, tile * BLOCK_N, q_start, q_len, k_start, k_len, scratch, padded, VARLEN, BLOCK_M
+    )
+
+
+@aggregate
+class Mask:
+    """Which query rows see which keys."""
+
+    first_rows: gl.tensor
+    end_rows: gl.tensor
+    left: gl.tensor
+    right: gl.tensor
+    KIND: gl.constexpr
+    LEFT: gl.constexpr
+    RAGGED: gl.constexpr
+
+    @gluon.jit
+    def seeing(self, key, place):
+        """[first, end) of the rows that see a key; those past the end stand for the last."""
+        key = gl.minimum(key, place.k_len - 1)
+        return key_interval(
+            key, place.q_len, place.k_len, self.left, self.right, self.first_rows, self.end_rows, self.KIND
+        )
+
+    @gluon.jit
+    def first_tile(self, key, place):
+        """The first query tile that sees a key."""
+        begin, _ = self.seeing(key, place)
+        return begin // place.BLOCK_M
+
+    @gluon.jit
+    def walk(self, first_key, place):
+        """(start, full, partial, stop) in query tiles of a consumer's keys from first_key: the tiles in [start, stop)
+        see some of them, those in [full, partial) all. Keys past the end are masked everywhere.
+        """
+        BLOCK_M: gl.constexpr = place.BLOCK_M
+        last_key = first_key + KEYS - 1
+        begin_first, end_first = self.seeing(first_key, place)
+        begin_last, end_last = self.seeing(last_key, place)
+        start, full, partial, stop = split(begin_first, end_first, begin_last, end_last, BLOCK_M)
+        stop = gl.cdiv(stop, BLOCK_M)
+        full = gl.minimum(full // BLOCK_M, stop)
+        # Rows past the end have weight 0, so without a left bound no masked end is needed.
+        partial = gl.minimum(partial // BLOCK_M, stop) if self.LEFT else stop
+        if self.RAGGED:
+            whole = last_key < place.k_len
+            full = gl.where(whole, full, stop)
+            partial = gl.where(whole, partial, stop)
+        return start // BLOCK_M, full, gl.maximum(partial, full), stop
+
+    @gluon.jit
+    def walks(self, place):
+        """The walks of both consumers: the first starts first, the second ends last, and together they leave no gap.
+        A second consumer without keys walks from the end to the end.
+        """
+        start, full, partial, stop = self.walk(place.first_key, place)
+        start_1, full_1, partial_1, stop_1 = self.walk(place.first_key + KEYS, place)
+        exists = place.first_key + KEYS < place.k_len
+        stop_1 = gl.where(exists, gl.maximum(stop, stop_1), stop)
+        start_1 = gl.where(exists, gl.minimum(start_1, stop), stop)
+        full_1 = gl.where(exists, full_1, stop)
+        partial_1 = gl.where(exists, partial_1, stop)
+        return (start, full, partial, stop), (start_1, full_1, partial_1, stop_1)
+
+
+@aggregate
+class Scoring:
+    """How a product becomes a score, and what dropout does to its weight. ORDERED: no row sees a key after its own."""
+
+    bias: gl.tensor
+    slopes: gl.tensor
+    rng: gl.tensor
+    stride_bb: gl.tensor
+    stride_bh: gl.tensor
+    stride_bm: gl.tensor
+    stride_sb: gl.tensor
+    scale: gl.tensor
+    softcap: gl.tensor
+    threshold: gl.tensor
+    keep_scale: gl.tensor
+    SOFTCAP: gl.constexpr
+    ALIBI: gl.constexpr
+    BIAS: gl.constexpr
+    BIAS_ALIGN: gl.constexpr
+    BIAS_STEP: gl.constexpr
+    DROPOUT: gl.constexpr
+    ORDERED: gl.constexpr
+
+    @gluon.jit
+    def slope(self, b, h):
+        """The ALiBi slope of a query head."""
+        slope = 0.0
+        if self.ALIBI:
+            slope = gl.load(self.slopes + b * self.stride_sb + h).to(gl.float32)
+        return slope
+
+    @gluon.jit
+    def bias_of(self, b, h):
+        """Where the bias of a query head lies."""
+        at = b.to(gl.int64) * self.stride_bb + h.to(gl.int64) * self.stride_bh
+        return self.bias + at * self.BIAS_ALIGN
+
+
+@aggregate
+class Pipes:
+    """What flows between the roles: K and V, a ring of query tiles with their rows of lse and delta, one of dO tiles
+    released together with it, a ring of dS, and the shared memory through which dQ leaves.
+    """
+
+    keys: gl.shared_memory_descriptor
+    values: gl.shared_memory_descriptor
+    loaded: gl.shared_memory_descriptor
+    done: gl.shared_memory_descriptor
+    queries: Ring
+    rows: gl.shared_memory_descriptor
+    douts: Ring
+    scores: Ring
+    exits: gl.shared_memory_descriptor
+    BLOCK_M: gl.constexpr
+    D: gl.constexpr
+    DV: gl.constexpr
+    SLOTS: gl.constexpr
+    GROUPED: gl.constexpr
+
+    @gluon.jit
+    def of_rows(self, n, WHICH: gl.constexpr, layout: gl.constexpr):
+        """[1, BLOCK_M]: lse (0) or delta (1) of the query rows of step n."""
+        return self.rows.index(n % self.queries.STAGES * 2 + WHICH).load(layout)
+
+    @gluon.jit
+    def scores_of(self, n, w):
+        """The part of dS^T of step n that consumer w makes, [64, BLOCK_M]."""
+        return self.scores.buffers.index(n % self.scores.STAGES * CONSUMERS + w)
+
+    @gluon.jit
+    def await_scores_read(self, n):
+        """A consumer's: waits until the slot of dS of step n has been read."""
+        mbarrier.wait(self.scores.empty.index(n % self.scores.STAGES), ((n // self.scores.STAGES) & 1) ^ 1)
+
+    @gluon.jit
+    def announce_scores(self, n):
+        """A consumer's: its dS of step n is in shared memory."""
+        mbarrier.arrive(self.scores.full.index(n % self.scores.STAGES), count=1)
+
+    @gluon.jit
+    def skip(self, n, count):
+        """A consumer's: `count` steps whose rows see none of its keys. Returns the step after them."""
+        for _ in range(count):
+            self.queries.await_full(n)
+            self.await_scores_read(n)
+            self.announce_scores(n)
+            self.queries.release(n)
+            n += 1
+        return n

@@ -1,0 +1,112 @@
+"""Tile sizes and warp roles of the Hopper kernels: one short table, first match wins, every row with its reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from flashtile.problem import Problem
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile sizes and roles of the forward kernel.
+
+    groups: consumer warp groups of 64 query rows. block_n: keys of a tile. stages: slots of the K and V rings.
+    registers: of a consumer's and of a producer's thread.
+    shared: O leaves through Q's shared memory. query_stages: slots of the ring of query tiles. overlap: the product
+    with V runs under the next tile's exponentials. strips: each consumer skips the key tiles that only others see.
+    """
+
+    groups: int
+    block_n: int
+    stages: int
+    registers: tuple[int, int]
+    shared: bool = False
+    query_stages: int = 1
+    overlap: bool = False
+    strips: bool = False
+
+
+class Row(NamedTuple):
+    """A config for padded head dims up to max_dim, calls up to a weight, and problems that `only` holds of."""
+
+    max_dim: int
+    max_weight: int
+    config: Config
+    only: Callable[[Problem], bool] = lambda problem: True
+
+
+def _no_diagonal(problem: Problem) -> bool:
+    return problem.window_left is None and problem.window_right is None and not problem.table
+
+
+def _long_or_no_diagonal(problem: Problem) -> bool:
+    return _no_diagonal(problem) or problem.q_len >= 8192
+
+
+def _dense_window(problem: Problem) -> bool:
+    return problem.window_left is not None and not problem.varlen
+
+
+def _dropout(problem: Problem) -> bool:
+    return problem.dropout_p > 0
+
+
+def _left(problem: Problem) -> bool:
+    return problem.table or problem.window_left is not None
+
+
+def _light(problem: Problem) -> bool:
+    return problem.dropout_p == 0 and not (problem.varlen and _left(problem))
+
+
+def _light_without_left(problem: Problem) -> bool:
+    return _light(problem) and not _left(problem)
+
+
+def _no_packed_table(problem: Problem) -> bool:
+    return not (problem.varlen and problem.table)
+
+
+_TWO = (240, 24)
+_THREE = (160, 32)
+
+# Figures: TFLOP/s on an H100, bf16, causal and 8192 long unless said otherwise; docs/kernels/hopper_forward.md.
+FORWARD = (
+    # full 533 at 16384, two groups 433
+    Row(64, 0, Config(3, 128, 3, _THREE, query_stages=2, overlap=True, strips=True), _long_or_no_diagonal),
+    Row(64, 0, Config(2, 128, 3, _TWO, query_stages=2)),  # 192 rows waste the diagonal: at 1024 310 against 254
+    Row(64, 1, Config(2, 128, 3, _TWO, query_stages=2, overlap=True)),
+    Row(64, 9, Config(2, 64, 3, _TWO, query_stages=2, overlap=True)),  # 128 keys spill
+    # window of 1024: 443, without overlap 418
+    Row(128, 0, Config(2, 128, 2, _TWO, query_stages=2, overlap=True), _dense_window),
+    Row(128, 0, Config(2, 128, 2, _TWO, query_stages=2)),  # full 653 at 16384, overlap 624, turns 637
+    Row(128, 1, Config(2, 64, 3, _TWO, query_stages=2, overlap=True), _dropout),  # 382; 128 keys, 388, spill
+    Row(128, 1, Config(2, 128, 2, _TWO, query_stages=2, overlap=True)),  # softcap 500, ALiBi 537
+    Row(128, 2, Config(2, 64, 3, _TWO, query_stages=2)),  # bias 302; 128 keys spill
+    Row(128, 9, Config(2, 32, 4, _TWO, query_stages=2)),  # 64 keys spill
+    # causal, 4096: 594, without strips 535
+    Row(256, 1, Config(2, 64, 2, _TWO, shared=True, strips=True), _light_without_left),
+    Row(256, 1, Config(2, 64, 2, _TWO, shared=True), _light),  # strips spill
+    Row(256, 2, Config(2, 32, 3, _TWO, shared=True), _no_packed_table),  # 64 keys spill; heavier calls spill with 32
+)
+
+
+def forward(problem: Problem) -> Config | None:
+    """Tiles and roles of the forward kernel; None where no row serves the problem."""
+    dim = max(problem.qk_dim, problem.v_dim)
+    heaviness = weight(problem)
+    for row in FORWARD:
+        if dim <= row.max_dim and heaviness <= row.max_weight and row.only(problem):
+            return row.config
+    return None
+
+
+def weight(problem: Problem) -> int:
+    """How many registers the features of a call take."""
+    changes = (problem.dropout_p > 0) + (problem.softcap > 0) + problem.alibi + 2 * (problem.bias is not None)
+    if changes == 0:
+        return 0
+    return changes + problem.varlen + _left(problem)

@@ -1,0 +1,88 @@
+"""Forward on Hopper: from a problem to the launch of `forward_kernel`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from flashtile.backends.hopper import configs, descriptors, launch
+from flashtile.backends.hopper.forward_kernel import forward_kernel
+from flashtile.gpu import arguments
+from flashtile.problem import Call, Problem
+
+
+def forward(problem: Problem, call: Call, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(out, lse) of an unpacked call."""
+    q, k, v = (descriptors.aligned(tensor) for tensor in (call.q, call.k, call.v))
+    if out is None:
+        out = torch.empty(problem.out_shape, dtype=q.dtype, device=q.device)
+    written = out if descriptors.fits(out) else descriptors.aligned_like(out)
+    lse = torch.empty(problem.lse_shape, dtype=torch.float32, device=q.device)
+    call = arguments.with_dense_bias(call)
+    launch.run(forward_kernel, problem, call, (q, k, v, written), (written, lse), prepare)
+    if written is not out:
+        out.copy_(written)
+    return out, lse
+
+
+def _diagonal(problem: Problem) -> int:
+    """Keys that the first row sees under a causal mask of any alignment, less one."""
+    return problem.k_len - problem.q_len + (problem.window_right or 0)
+
+
+def prepare(problem: Problem, call: Call, boxed: tuple[Tensor, ...], variant: tuple[object, ...]) -> launch.Plan:
+    """The launch of a problem; boxed: q, k, v and out."""
+    config = configs.forward(problem)
+    assert config is not None, problem
+    tiles = max(1, triton.cdiv(problem.q_len, 64 * config.groups))  # one, so that rows of no sequence are cleared
+    programs = (problem.batch + problem.varlen) * problem.q_heads
+    out = boxed[3]
+    biases, _ = arguments.bias_strides(problem, {"b": call.bias})
+    section = arguments.section(problem, problem.k_len, problem.group)
+    falling = arguments.mask_kind(problem) == "band" and problem.window_left is None and not problem.varlen
+    # Few heads stream their keys and values side by side well enough; the order forth and back is the finer one.
+    paired = falling and programs > 32
+    if not paired:
+        section = max(section, programs if falling else 1)
+    values: dict[str, Any] = {
+        **arguments.scalars(problem, call),
+        **arguments.features(problem),
+        **biases,
+        "stride_om": out.stride(-3),
+        "stride_oh": out.stride(-2),
+        "BIAS_STEP": biases.pop("stride_bn"),
+        "tiles": tiles,
+        "programs": programs,
+        "section": section,
+        "PAIRED": paired,
+        "GROUPS": config.groups,
+        "BLOCK_N": config.block_n,
+        "STAGES": config.stages,
+        "SHARED": config.shared and problem.qk_dim == problem.v_dim,
+        # Where every row sees all keys and they fill whole tiles, nothing is ever masked.
+        "RAGGED": problem.varlen or arguments.mask_kind(problem) != "none" or problem.k_len % config.block_n > 0,
+        "SINGLE": falling and 64 * config.groups == config.block_n and _diagonal(problem) % config.block_n == 0,
+        "QUERY_STAGES": config.query_stages,
+        "OVERLAP": config.overlap,
+        "STRIPS": config.strips,
+        "CONSUMER_REGISTERS": config.registers[0],
+        "PRODUCER_REGISTERS": config.registers[1],
+        "DIM_V": problem.v_dim,
+        "SINKS": problem.sinks,
+        "FOLD": not arguments.changes_scores(problem) and problem.scale > 0,
+    }
+
+    def describe(boxed: tuple[Tensor, ...]) -> tuple[Any, ...]:
+        q, k, v, out = boxed
+        dim, v_dim = descriptors.width(problem.qk_dim), descriptors.width(problem.v_dim)
+        return (
+            descriptors.rows(q, 64, dim, problem.varlen),
+            descriptors.rows(k, config.block_n, dim, problem.varlen),
+            descriptors.rows(v, config.block_n, v_dim, problem.varlen),
+            descriptors.rows(out, 64, v_dim, problem.varlen),
+        )
+
+    return launch.Plan(min(tiles * programs, launch.multiprocessors(out.device)), values, {"num_warps": 4}, describe)

@@ -1,0 +1,73 @@
+"""A ring of tiles in shared memory between one producer and its consumers.
+
+The n-th tile of a kernel's life lies in slot n % STAGES. A slot is full when its bytes have arrived and empty when
+every consumer has released it; both barriers flip a phase bit on each round. A barrier that has never flipped lets a
+wait for the other phase pass, so that the producer finds the first round empty without anybody having said so.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from flashtile.backends.hopper.dialect import aggregate
+
+
+@aggregate
+class Ring:
+    """buffers [STAGES, ...]; full, empty: one barrier for each slot."""
+
+    buffers: gl.shared_memory_descriptor
+    full: gl.shared_memory_descriptor
+    empty: gl.shared_memory_descriptor
+    STAGES: gl.constexpr
+
+    @gluon.jit
+    def slot(self, n):
+        return self.buffers.index(n % self.STAGES)
+
+    @gluon.jit
+    def claim(self, n, NBYTES: gl.constexpr):
+        """The producer's: waits until slot n is empty and announces its bytes; returns the barrier they arrive at."""
+        mbarrier.wait(self.empty.index(n % self.STAGES), ((n // self.STAGES) & 1) ^ 1)
+        full = self.full.index(n % self.STAGES)
+        mbarrier.expect(full, NBYTES)
+        return full
+
+    @gluon.jit
+    def await_full(self, n):
+        """A consumer's: waits until the bytes of slot n have arrived."""
+        mbarrier.wait(self.full.index(n % self.STAGES), (n // self.STAGES) & 1)
+
+    @gluon.jit
+    def wait(self, n):
+        """A consumer's: slot n, once it is full."""
+        self.await_full(n)
+        return self.slot(n)
+
+    @gluon.jit
+    def release(self, n):
+        """A consumer's: it has read slot n for the last time."""
+        mbarrier.arrive(self.empty.index(n % self.STAGES), count=1)
+
+
+@gluon.jit
+def ring(
+    dtype: gl.constexpr,
+    ROWS: gl.constexpr,
+    DIM: gl.constexpr,
+    layout: gl.constexpr,
+    STAGES: gl.constexpr,
+    CONSUMERS: gl.constexpr,
+):
+    """A ring of STAGES tiles [ROWS, DIM], each released by CONSUMERS partitions."""
+    buffers = gl.allocate_shared_memory(dtype, [STAGES, ROWS, DIM], layout)
+    return Ring(buffers, barriers(STAGES, 1), barriers(STAGES, CONSUMERS), STAGES)
+
+
+@gluon.jit
+def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
+    """COUNT fresh barriers that flip after ARRIVALS arrivals. A fence must follow before anybody uses them."""
+    new = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(COUNT):
+        mbarrier.init(new.index(i), count=ARRIVALS)
+    return new

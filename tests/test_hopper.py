@@ -1,0 +1,105 @@
+"""What of the Hopper backend can be seen without one: which calls it serves, its table, and its descriptors."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import torch
+
+from flashtile import dispatch
+from flashtile.backends import hopper
+from flashtile.backends.hopper import configs
+from flashtile.problem import Problem
+
+SHARED_MEMORY = 227 * 1024
+
+PLAIN = Problem(
+    batch=2, q_len=4096, k_len=4096, q_heads=16, kv_heads=4, qk_dim=128, v_dim=128, dtype=torch.bfloat16,
+    device="cuda", capability=(9, 0), scale=128**-0.5,
+)  # fmt: skip
+
+
+def test_it_serves_16_bit_calls_on_its_device_before_triton_does() -> None:
+    assert hopper.supports(PLAIN) is None
+    assert dispatch.choose(PLAIN) == "hopper"
+    assert dispatch.choose(replace(PLAIN, dtype=torch.float16, qk_dim=33, v_dim=7)) == "hopper"
+
+
+@pytest.mark.parametrize(
+    ("problem", "reason"),
+    [
+        (replace(PLAIN, dtype=torch.float32), "16-bit"),
+        (replace(PLAIN, capability=(8, 0)), "9.0 only"),
+        (replace(PLAIN, capability=(10, 0)), "9.0 only"),
+        (replace(PLAIN, capability=None), "9.0 only"),
+        (replace(PLAIN, device="cpu", capability=None), "9.0 only"),
+        (replace(PLAIN, qk_dim=256, dropout_p=0.1, softcap=3.0, alibi=True, bias="additive"), "registers"),
+    ],
+)
+def test_what_it_does_not_serve_goes_to_the_next(problem: Problem, reason: str) -> None:
+    found = hopper.supports(problem)
+    assert found is not None
+    assert reason in found
+    if problem.device == "cuda":
+        assert dispatch.choose(problem) == "triton"
+    with pytest.raises(NotImplementedError, match=reason):
+        dispatch.choose(problem, "hopper")
+
+
+@pytest.mark.parametrize(
+    ("dim", "causal", "length"), [*product((32, 64, 96, 128, 192, 256), (False, True), (512, 16384))]
+)
+def test_every_row_fits_shared_memory_and_the_register_file(dim: int, causal: bool, length: int) -> None:
+    problem = replace(PLAIN, qk_dim=dim, v_dim=dim, q_len=length, k_len=length, window_right=0 if causal else None)
+    config = configs.forward(problem)
+    assert config is not None
+    width = max(32, 1 << (dim - 1).bit_length())
+    tiles = config.query_stages * config.groups * 64 + 2 * config.stages * config.block_n
+    tiles += 0 if config.shared else config.groups * 64
+    assert tiles * width * 2 + 1024 <= SHARED_MEMORY
+    # The default partition, a consumer, has what the others leave of 504 registers, or 512 with three consumers.
+    consumer, producer = config.registers
+    assert config.groups * consumer + producer <= (512 if config.groups == 3 else 504)
+
+
+def test_heavier_calls_get_smaller_tiles() -> None:
+    plain = configs.forward(PLAIN)
+    heavy = configs.forward(replace(PLAIN, bias="additive", bias_shape=(1, 1, 4096, 4096)))
+    assert plain is not None and heavy is not None
+    assert heavy.block_n < plain.block_n
+
+
+def test_descriptors_of_dense_and_packed_tensors() -> None:
+    from flashtile.backends.hopper import descriptors
+
+    q = torch.empty(2, 300, 3, 40, dtype=torch.float16)
+    dense = descriptors.rows(q, 64, 64, varlen=False)
+    assert list(dense.block_shape) == [1, 64, 1, 64]
+    assert list(dense.shape) == [2, 300, 3, 40]
+    packed = descriptors.rows(q.flatten(0, 1), 64, 64, varlen=True)
+    assert list(packed.block_shape) == [1, 1, 64, 1, 64]
+    # Stepping 2**30 times along the first dimension undoes as many steps along the third, modulo 2**64 bytes.
+    first, second, third = packed.strides[:3]
+    assert second == third == 120
+    assert (first + third) * 2**30 * 2 % 2**64 == 0
+
+
+@pytest.mark.parametrize("length", [1, 300])
+def test_what_tma_cannot_address_is_copied(length: int) -> None:
+    from flashtile.backends.hopper import descriptors
+
+    good = torch.randn(2, length, 3, 40).half()
+    assert descriptors.aligned(good) is good
+    odd = torch.randn(2, length, 3, 33).half()
+    for tensor in (
+        odd,
+        good[..., 1:9],
+        good.transpose(-1, -2).contiguous().transpose(-1, -2),
+        good[:1].expand(2, -1, -1, -1),
+    ):
+        copied = descriptors.aligned(tensor)
+        assert torch.equal(copied, tensor)
+        assert descriptors.fits(copied)
+        assert not descriptors.fits(tensor)

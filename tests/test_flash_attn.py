@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import flashtile
 from flashtile import execution
-from flashtile.integrations import flash_attn
+from flashtile.integrations.flash_attn import functions
 from flashtile.problem import Call
 
 NO_DEFAULT = inspect.Parameter.empty
@@ -267,13 +267,13 @@ def test_dropout_follows_the_generator() -> None:
 
 def test_deterministic_reaches_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Call] = []
-    attend = flash_attn.attend
+    attend = functions.attend
 
     def remember(call: Call) -> tuple[Tensor, Tensor]:
         calls.append(call)
         return attend(call)
 
-    monkeypatch.setattr(flash_attn, "attend", remember)
+    monkeypatch.setattr(functions, "attend", remember)
     q = randn(1, 5, 2, 8)
     flashtile.flash_attn_func(q, q, q)
     flashtile.flash_attn_func(q, q, q, deterministic=True)

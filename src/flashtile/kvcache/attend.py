@@ -21,7 +21,7 @@ from torch.nn.functional import pad
 from flashtile.api import attention_varlen
 from flashtile.kvcache.cache import Cache, Rotary, append, pack, rows_of
 from flashtile.kvcache.checks import New, check_contents, check_shapes
-from flashtile.kvcache.reports import raise_if_set
+from flashtile.kvcache.reports import on_host, raise_if_set
 from flashtile.masks import Mask
 from flashtile.rotary import rotate
 
@@ -156,7 +156,7 @@ def _copied(q: Tensor, cache: Cache, slopes: Tensor | None) -> _Packed:
     batch, q_len = q.shape[:2]
     first, end = _lengths(cache)
     cu_k = pad((end - first).cumsum(0), (1, 0)).int()
-    total = int(cu_k[-1]) if q.device.type == "cpu" else batch * cache.capacity
+    total = int(cu_k[-1]) if on_host(q.device) else batch * cache.capacity
     cu_q = torch.arange(batch + 1, device=q.device, dtype=torch.int32) * q_len
     k, v = (pack(stored, cache, cu_k, total) for stored in (cache.k_cache, cache.v_cache))
     return _Packed(k, v, cu_q, cu_k, cache.capacity, slopes)

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from flashtile.kvcache.reports import on_host
+
 
 class Cache(NamedTuple):
     """Keys and values of earlier tokens.
@@ -49,13 +51,13 @@ class Rotary(NamedTuple):
 def append(cache: Cache, k: Tensor, v: Tensor) -> None:
     """Writes k and v, (batch, new, kv_heads, head_dim), behind the tokens that each sequence holds.
 
-    On a GPU, where contents are not looked at before, a token beyond the end of the cache is not written.
+    On a GPU, where contents are not looked at before, a token beyond the end of the cache is not written; the last
+    place, which stands in for it, may then keep what it held.
     """
     sequence = torch.arange(k.shape[0], device=k.device)[:, None]
     position = cache.cache_seqlens[:, None] + torch.arange(k.shape[1], device=k.device)
     place = _place(cache, sequence, position)
-    on_host = k.device.type == "cpu"
-    fits = None if on_host else ((position >= 0) & (position < cache.capacity))[..., None, None]
+    fits = None if on_host(k.device) else ((position >= 0) & (position < cache.capacity))[..., None, None]
     for stored, new in ((cache.k_cache, k), (cache.v_cache, v)):
         stored[place] = new if fits is None else torch.where(fits, new, stored[place])
 

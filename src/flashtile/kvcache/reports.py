@@ -26,7 +26,7 @@ class Finding(NamedTuple):
 class _Flags(NamedTuple):
     found: Tensor  # int32 (arguments,), on the device
     seen: Tensor  # the same in pinned memory, as far as the device has come
-    sentences: dict[int, str]
+    sentences: dict[str, str]
 
 
 ARGUMENTS = (
@@ -36,9 +36,16 @@ _ASYNCHRONOUS = ("cuda", "xpu")
 _flags: dict[torch.device, _Flags] = {}
 
 
+def on_host(device: torch.device) -> bool:
+    """Whether contents are at hand; on a GPU, reading a number waits for all that was asked of it before."""
+    return device.type not in _ASYNCHRONOUS
+
+
 def look(findings: list[Finding], device: torch.device) -> None:
     """Raises ValueError for the first wrong value; on a GPU the next call does, or flashtile.check_device_errors."""
-    if device.type in _ASYNCHRONOUS:
+    if any(type(finding.bad) is not Tensor for finding in findings) or device.type == "meta":
+        return  # while a compiler traces there are no contents
+    if not on_host(device):
         _note(findings, device)
         return
     for argument, values, bad, expected in findings:
@@ -48,12 +55,14 @@ def look(findings: list[Finding], device: torch.device) -> None:
 
 
 def _note(findings: list[Finding], device: torch.device) -> None:
+    """Adds findings to a device's flags, and starts their way to the host."""
     flags = _of(device)
-    for argument, _, bad, expected in findings:
-        slot = ARGUMENTS.index(argument)
-        flags.found[slot].logical_or_(bad.any())
-        flags.sentences[slot] = f"{argument}: got a value out of range, expected {expected}"
+    bad = {finding.argument: finding.bad.any() for finding in findings}
+    none = torch.zeros((), dtype=torch.bool, device=device)
+    flags.found.logical_or_(torch.stack([bad.get(argument, none) for argument in ARGUMENTS]))
     flags.seen.copy_(flags.found, non_blocking=True)
+    for argument, _, _, expected in findings:
+        flags.sentences[argument] = f"{argument}: got a value out of range, expected {expected}"
 
 
 def _of(device: torch.device) -> _Flags:
@@ -70,7 +79,7 @@ def raise_if_set(device: torch.device) -> None:
     flags = _flags.get(device)
     if flags is None or not bool(flags.seen.any()):
         return
-    found = [flags.sentences[slot] for slot, value in enumerate(flags.seen.tolist()) if value]
+    found = [flags.sentences[name] for name, value in zip(ARGUMENTS, flags.seen.tolist(), strict=True) if value]
     flags.seen.zero_()
     flags.found.zero_()
     raise ValueError(f"an earlier flashtile call on this device had bad arguments: {'; '.join(found)}")

@@ -8,7 +8,7 @@ from torch.nn.functional import pad
 
 from flashtile.kvcache.cache import Cache, pack
 from flashtile.kvcache.checks import INTEGERS, check_contents
-from flashtile.kvcache.reports import Finding, look, raise_if_set
+from flashtile.kvcache.reports import Finding, look, on_host, raise_if_set
 from flashtile.validation import check_is_tensor, fail
 
 Packed = tuple[Tensor, Tensor, Tensor]
@@ -81,7 +81,7 @@ def packed_in_use(
 def _pack(cache: Cache, most: int) -> Packed:
     lengths = cache.cache_seqlens if cache.cache_leftpad is None else cache.cache_seqlens - cache.cache_leftpad
     cu_seqlens = pad(lengths.clamp(min=0).cumsum(0), (1, 0)).int()
-    total = int(cu_seqlens[-1]) if cu_seqlens.device.type == "cpu" else most
+    total = int(cu_seqlens[-1]) if on_host(cu_seqlens.device) else most
     k, v = (pack(stored, cache, cu_seqlens, total) for stored in (cache.k_cache, cache.v_cache))
     return k, v, cu_seqlens
 

@@ -1,4 +1,4 @@
-"""Calls of flash_attn_with_kvcache by kind, and what they must give: each sequence alone, token by token, in float64."""
+"""Calls of flash_attn_with_kvcache by kind, and what they must give: each sequence alone, token by token."""
 
 from __future__ import annotations
 

@@ -231,13 +231,13 @@ def _backward(
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
     """(dq, dk, dv) and rowsum(dout * out) * (1 - p_dropout) in softmax_lse's shape; results: dout, out, softmax_lse."""
     dout, out, softmax_lse = results
+    check_tensors(dout=dout, out=out, softmax_lse=softmax_lse)
     call = _prepared(call, numbers)  # without dropout: the forward has drawn its state already
     if numbers.p_dropout > 0:
         if not isinstance(rng_state, Tensor) or rng_state.dtype != torch.int64 or tuple(rng_state.shape) != (2,):
             fail("rng_state", type(rng_state).__name__, "the forward's rng_state, int64 (2,), with p_dropout > 0")
         call = call._replace(rng=rng_state, dropout_p=float(numbers.p_dropout))
     for name, tensor, like in (("dout", dout, out), ("out", out, call.q)):
-        check_is_tensor(name, tensor)
         if tensor.shape[:-1] != like.shape[:-1] or tensor.shape[-1] != call.v.shape[-1] or tensor.dtype != call.q.dtype:
             wanted = f"{call.q.dtype} {(*like.shape[:-1], call.v.shape[-1])}"
             fail(name, f"{tensor.dtype} {tuple(tensor.shape)}", wanted)

@@ -13,8 +13,15 @@ import flashtile
 from flashtile.dispatch import load
 
 SOURCES = sorted(law.PACKAGE.rglob("*.py"))
-ALL_PYTHON = sorted(path for folder in ("src", "tests", "benchmarks") for path in (law.ROOT / folder).rglob("*.py"))
-DOCUMENTS = sorted([*law.ROOT.glob("*.md"), *(law.ROOT / "docs").rglob("*.md")])
+ALL_PYTHON = sorted(
+    path for folder in ("src", "tests", "benchmarks", "examples", "shims") for path in (law.ROOT / folder).rglob("*.py")
+)
+DOCUMENTS = sorted(
+    [
+        *law.ROOT.glob("*.md"),
+        *(path for folder in ("docs", "examples", "shims") for path in (law.ROOT / folder).rglob("*.md")),
+    ]
+)
 
 # Signatures that belong to somebody else: the user's own words, another library's function, a published algorithm's
 # inputs. Everything else keeps to ten arguments.

@@ -211,8 +211,10 @@ def _attend(
     return_attn_probs: bool,
     names: Mapping[str, str],
 ) -> Result:
+    # The usual value is known at sight: making a mask that hides nothing takes 10 us.
+    window = None if isinstance(window_size, tuple) and window_size == (-1, -1) else window_size
     try:
-        call = prepare(call, combine(None, causal, window_size), softmax_scale, call.deterministic or None)
+        call = prepare(call, combine(None, causal, window), softmax_scale, call.deterministic or None)
         out, lse = attend(call)
     except (TypeError, ValueError) as error:
         raise renamed(error, names) from None

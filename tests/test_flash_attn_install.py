@@ -203,16 +203,58 @@ def test_the_distribution_is_found_by_name(distribution: Path) -> None:
 
 
 # transformers asks for a CUDA device too; where there is none, it is told that there is.
-TRANSFORMERS = """
+FOUND = """
 import torch
 torch.cuda.is_available = lambda: True
 from transformers.utils import is_flash_attn_2_available
 print(is_flash_attn_2_available())
 """
+# A padded batch through a small model, then one more token with its cache: how far two ways are from each other.
+MODEL = """
+from transformers import MistralConfig, MistralForCausalLM
+torch.manual_seed(0)
+config = MistralConfig(vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+                       num_key_value_heads=2, max_position_embeddings=128, sliding_window=8, initializer_range=0.1)
+model = MistralForCausalLM(config).bfloat16()
+ids, shown = torch.randint(0, 97, (3, 21)), torch.ones(3, 21, dtype=torch.int64)
+shown[1, :6] = shown[2, :11] = 0
+results = []
+for name in ("eager", "flash_attention_2"):
+    model.set_attn_implementation(name)
+    model.zero_grad()
+    first = model(ids, attention_mask=shown, use_cache=True)
+    logits = first.logits.float() * shown[..., None]
+    logits.square().mean().backward()
+    gradient = model.model.layers[0].self_attn.q_proj.weight.grad.float()
+    longer = torch.cat([shown, shown[:, -1:]], 1)
+    with torch.no_grad():
+        step = model(ids[:, :1], attention_mask=longer, past_key_values=first.past_key_values).logits.float()
+    results.append((logits.detach(), gradient.clone(), step))
+print(*(float((a - b).norm() / a.norm()) for a, b in zip(*results)))
+"""
+
+needs_transformers = pytest.mark.skipif(
+    importlib.util.find_spec("transformers") is None, reason="transformers is not installed"
+)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="transformers is not installed")
-def test_transformers_finds_it(distribution: Path) -> None:
-    assert fresh_process(TRANSFORMERS, PYTHONPATH=path_with(distribution)) == "True"
-    assert fresh_process("from flashtile.integrations.flash_attn import install; install()" + TRANSFORMERS) == "True"
-    assert fresh_process(TRANSFORMERS) == "False"
+@needs_transformers
+def test_transformers_finds_the_distribution(distribution: Path) -> None:
+    assert fresh_process(FOUND, PYTHONPATH=path_with(distribution)) == "True"
+
+
+@needs_transformers
+def test_transformers_finds_nothing_where_nothing_is() -> None:
+    assert fresh_process(FOUND) == "False"
+
+
+@needs_transformers
+def test_a_model_of_transformers_runs_on_it_unchanged() -> None:
+    """attn_implementation="flash_attention_2" against "eager" in bfloat16: a window, left padding, a cache."""
+    code = "from flashtile.integrations.flash_attn import install; install()" + FOUND + MODEL
+    found, numbers = fresh_process(code).splitlines()
+    assert found == "True"
+    logits, gradient, step = map(float, numbers.split())
+    assert logits < 0.02
+    assert step < 0.02
+    assert gradient < 0.05

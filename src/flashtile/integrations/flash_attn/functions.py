@@ -14,7 +14,9 @@ With return_attn_probs=True each function returns (out, lse, S_dmask): lse (batc
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -118,7 +120,7 @@ def flash_attn_varlen_func(
         k, v, cu_seqlens_k = from_pages(k, v, block_table, cu_seqlens_k)
     call = Call(
         q, k, v, None, alibi_slopes, None, cu_seqlens_q, cu_seqlens_k,
-        max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
+        max_seqlen_q=as_length(max_seqlen_q), max_seqlen_k=as_length(max_seqlen_k),
         softcap=softcap, dropout_p=dropout_p, deterministic=deterministic,
     )  # fmt: skip
     return _attend(call, softmax_scale, causal, window_size, return_attn_probs, _NAMES)
@@ -144,7 +146,7 @@ def flash_attn_varlen_kvpacked_func(
     check_tensors(kv=kv, cu_seqlens_q=cu_seqlens_q)
     call = Call(
         q, kv, None, None, alibi_slopes, None, cu_seqlens_q, cu_seqlens_k,
-        max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
+        max_seqlen_q=as_length(max_seqlen_q), max_seqlen_k=as_length(max_seqlen_k),
         softcap=softcap, dropout_p=dropout_p, deterministic=deterministic,
     )  # fmt: skip
     return _attend(call, softmax_scale, causal, window_size, return_attn_probs, _KV_NAMES)
@@ -167,7 +169,7 @@ def flash_attn_varlen_qkvpacked_func(
     check_tensors(cu_seqlens=cu_seqlens)
     call = Call(
         qkv, None, None, None, alibi_slopes, None, cu_seqlens, cu_seqlens,
-        max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen,
+        max_seqlen_q=as_length(max_seqlen), max_seqlen_k=as_length(max_seqlen),
         softcap=softcap, dropout_p=dropout_p, deterministic=deterministic,
     )  # fmt: skip
     return _attend(call, softmax_scale, causal, window_size, return_attn_probs, _QKV_NAMES)
@@ -177,6 +179,16 @@ def check_tensors(**tensors: object) -> None:
     """Raises TypeError for what is no tensor; None in the place of k or v would give the call another form."""
     for name, tensor in tensors.items():
         check_is_tensor(name, tensor)
+
+
+def as_length(longest: Any) -> Any:
+    """max_seqlen as a number: software passes tensors of one integer too, as lengths.max() gives them.
+
+    Reading one waits for its device, as it does in the original. What is no integer is left for validation to name.
+    """
+    if isinstance(longest, Tensor) and longest.numel() == 1 and longest.dtype in (torch.int32, torch.int64):
+        return int(longest)
+    return int(longest) if isinstance(longest, np.integer) else longest
 
 
 def check_num_splits(num_splits: object) -> None:

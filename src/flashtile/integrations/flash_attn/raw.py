@@ -20,7 +20,13 @@ from torch import Tensor
 from flashtile.api import combine, prepare, renamed
 from flashtile.execution import write_gradients
 from flashtile.integrations.flash_attn.dropout_pattern import signed_probabilities
-from flashtile.integrations.flash_attn.functions import as_the_original, check_num_splits, check_tensors, from_pages
+from flashtile.integrations.flash_attn.functions import (
+    as_length,
+    as_the_original,
+    check_num_splits,
+    check_tensors,
+    from_pages,
+)
 from flashtile.integrations.flash_attn.kvcache import flash_attn_with_kvcache
 from flashtile.kvcache import packed_in_use
 from flashtile.ops import attention as attend
@@ -124,7 +130,7 @@ def varlen_fwd(
     elif leftpad_k is not None or seqused_k is not None:
         k, v, cu_seqlens_k = packed_in_use(k, v, cu_seqlens_k, leftpad_k, seqused_k)
     call = Call(q, k, v, None, alibi_slopes, None, cu_seqlens_q, cu_seqlens_k)
-    call = call._replace(max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k)
+    call = call._replace(max_seqlen_q=as_length(max_seqlen_q), max_seqlen_k=as_length(max_seqlen_k))
     numbers = _Numbers(p_dropout, softmax_scale, is_causal, window_size_left, window_size_right, softcap)
     return _forward(call, numbers, out, return_softmax, zero_tensors)
 
@@ -217,7 +223,7 @@ def varlen_bwd(
     check_tensors(k=k, v=v, cu_seqlens_q=cu_seqlens_q)
     numbers = _Numbers(p_dropout, softmax_scale, is_causal, window_size_left, window_size_right, softcap, deterministic)
     call = Call(q, k, v, None, alibi_slopes, None, cu_seqlens_q, cu_seqlens_k)
-    call = call._replace(max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k)
+    call = call._replace(max_seqlen_q=as_length(max_seqlen_q), max_seqlen_k=as_length(max_seqlen_k))
     grads, delta = _backward(call, numbers, (dout, out, softmax_lse), (dq, dk, dv), rng_state)
     return [*grads, _spread(delta, cu_seqlens_q)]
 

@@ -189,6 +189,8 @@ BY_NAME = """
 import importlib.metadata
 assert importlib.metadata.packages_distributions()["flash_attn"] == ["flash-attn"]
 assert importlib.metadata.version("flash-attn") == "2.8.4"
+import flash_attn
+assert callable(flash_attn.flash_attn_interface._flash_attn_forward)
 from flash_attn import flash_attn_varlen_func
 from flash_attn.layers.rotary import apply_rotary_emb
 from flash_attn.bert_padding import unpad_input

@@ -216,7 +216,7 @@ def cases_of_bad_arguments() -> dict[str, tuple[dict[str, Any], type[Exception],
         "cache-shapes": ({**base, "v_cache": cache[:, :5]}, ValueError, "v_cache: got shape"),
         "cache-dim": ({**base, "k_cache": cache[..., :4]}, ValueError, "k_cache: got head_dim 4"),
         "cache-batch": ({**base, "k_cache": cache[:1], "v_cache": cache[:1]}, ValueError, "k_cache: got 1 sequences"),
-        "heads": ({**base, "q": torch.zeros(2, 1, 3, 8)}, ValueError, "got 2 heads, expected a divisor of 3"),
+        "heads": ({**base, "q": torch.zeros(2, 1, 3, 8)}, ValueError, "k_cache: got 2 heads, expected a divisor of 3"),
         "lengths-dtype": ({**base, "cache_seqlens": held.float()}, TypeError, "cache_seqlens: got torch.float32"),
         "lengths-shape": ({**base, "cache_seqlens": held[:1]}, ValueError, "cache_seqlens: got shape (1,)"),
         "lengths-type": ({**base, "cache_seqlens": 1.5}, TypeError, "cache_seqlens: got float"),
@@ -301,3 +301,14 @@ def test_num_splits_changes_nothing() -> None:
         kind = replace(KINDS["plain"], options={"num_splits": splits})
         results.append(flashtile.flash_attn_with_kvcache(**Setting(kind, torch.float32).arguments()))
     assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_compiled_code_calls_it_between_its_graphs() -> None:
+    setting = Setting(KINDS["append-pages"], torch.float32)
+    out, _, caches = expected(setting)
+    arguments = setting.arguments()
+    compiled = torch.compile(
+        lambda q: flashtile.flash_attn_with_kvcache(**{**arguments, "q": q * 1}) + 1, backend="aot_eager"
+    )
+    torch.testing.assert_close(compiled(setting.q), out.float() + 1)
+    torch.testing.assert_close(setting.caches, caches, equal_nan=True)

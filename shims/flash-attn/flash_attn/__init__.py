@@ -2,8 +2,12 @@
 
 from pkgutil import extend_path
 
-from flashtile.integrations.flash_attn import (
-    FOLDER,
+from flashtile.integrations.flash_attn import FOLDER
+from flashtile.integrations.flash_attn import VERSION as __version__  # noqa: N811
+
+__path__ = list(dict.fromkeys([str(FOLDER / "flash_attn"), *extend_path(__path__, __name__)]))
+
+from flash_attn.flash_attn_interface import (
     flash_attn_func,
     flash_attn_kvpacked_func,
     flash_attn_qkvpacked_func,
@@ -12,7 +16,6 @@ from flashtile.integrations.flash_attn import (
     flash_attn_varlen_qkvpacked_func,
     flash_attn_with_kvcache,
 )
-from flashtile.integrations.flash_attn import VERSION as __version__  # noqa: N811
 
 __all__ = [
     "__version__",
@@ -26,5 +29,3 @@ __all__ = [
 ]
 
 SERVED_BY_FLASHTILE = True
-
-__path__ = list(dict.fromkeys([str(FOLDER / "flash_attn"), *extend_path(__path__, __name__)]))

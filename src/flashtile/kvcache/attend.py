@@ -56,6 +56,8 @@ def attention_with_cache(
 ) -> tuple[Tensor, Tensor]:
     """Appends new keys and values to a cache, in place, and attends to all it then holds; without gradients.
 
+    A compiler leaves its graph here, and takes it up again behind the call.
+
     Args:
         q: (batch, seqlen, heads, head_dim). The last query stands at the last token of its sequence.
         cache: see `Cache`; its cache_seqlens does not count the new tokens and is left as it is.
@@ -72,6 +74,15 @@ def attention_with_cache(
             an index of a page that does not exist) are reported by the next call on that device, or by
             `flashtile.check_device_errors`; until then nothing out of bounds is read or written.
     """
+    if torch.compiler.is_compiling():
+        # Looking at contents, and raising what an earlier call found wrong with its own, cannot be part of a graph.
+        return torch.compiler.disable(_attention_with_cache)(q, cache, new, rotary, scoring)
+    return _attention_with_cache(q, cache, new, rotary, scoring)
+
+
+def _attention_with_cache(
+    q: Tensor, cache: Cache, new: New | None, rotary: Rotary | None, scoring: Scoring
+) -> tuple[Tensor, Tensor]:
     raise_if_set(q.device)
     check_shapes(q, cache, new, rotary, scoring.alibi_slopes)
     new_len = 0 if new is None else new[0].shape[1]

@@ -49,6 +49,9 @@ def _check_stored(q: Tensor, cache: Cache) -> None:
         _check_like_q(name, stored, q)
     if v.shape[:3] != k.shape[:3]:
         fail("v_cache", f"shape {tuple(v.shape)}", f"{tuple(k.shape[:3])} before the head dim, as k_cache")
+    heads, kv_heads = q.shape[2], k.shape[2]
+    if (heads % kv_heads if kv_heads else heads) != 0:
+        fail("k_cache", f"{kv_heads} heads", f"a divisor of {heads}, the heads of q")
     if k.shape[3] != q.shape[3]:
         fail("k_cache", f"head_dim {k.shape[3]}", f"{q.shape[3]}, the head_dim of q")
 

@@ -273,6 +273,13 @@ def test_nothing_to_compute() -> None:
     none = {name: value[:0] if isinstance(value, Tensor) else value for name, value in setting.arguments().items()}
     out, lse = flashtile.flash_attn_with_kvcache(**none, return_softmax_lse=True)
     assert (out.shape, lse.shape) == ((0, 3, HEADS, DIM), (0, HEADS, 3))
+    nowhere = setting.caches[0][:, :0]
+    for table in (None, torch.zeros(3, 0, dtype=torch.int32)):
+        out, lse = flashtile.flash_attn_with_kvcache(
+            setting.q, nowhere, nowhere, block_table=table, return_softmax_lse=True
+        )
+        assert not bool(out.any())
+        assert bool((lse == torch.inf).all())
 
 
 def test_the_result_carries_no_gradient_as_in_the_original() -> None:

@@ -145,7 +145,7 @@ def _lengths(cache: Cache) -> tuple[Tensor, Tensor]:
 def _in_place(q: Tensor, cache: Cache, slopes: Tensor | None) -> _Packed:
     """The sequences and gaps of the page's head, for a cache whose row b is sequence b."""
     batch, q_len = q.shape[:2]
-    if batch == 0:
+    if batch == 0 or cache.capacity == 0:
         return _copied(q, cache, slopes)
     rows = rows_of(cache)
     first, end = _lengths(cache)

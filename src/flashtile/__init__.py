@@ -10,6 +10,7 @@ from flashtile.integrations.flash_attn import (
     flash_attn_varlen_func,
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
+    flash_attn_with_kvcache,
 )
 from flashtile.integrations.sdpa import scaled_dot_product_attention
 from flashtile.merge import merge_states
@@ -26,6 +27,7 @@ __all__ = [
     "flash_attn_varlen_func",
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
     "masks",
     "merge_states",
     "scaled_dot_product_attention",

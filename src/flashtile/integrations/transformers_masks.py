@@ -1,0 +1,214 @@
+"""transformers' masks as row intervals.
+
+transformers describes a mask as a function of two positions, composed from a few named ones, and lets each attention
+implementation make of it what it can use. Most of these functions say of each row one interval of keys: such a mask
+becomes a table of O(length) numbers, and tiles outside of it are never computed. What is not of that family becomes the
+boolean matrix that PyTorch's attention gets too: quadratic, and exact all the same.
+
+A table has the form (1 or batch, 1, q_len, 2), int32: the first and the end of each row's keys. Four dimensions,
+because transformers passes on a mask of four dimensions as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
+from transformers.utils.import_utils import is_tracing
+
+MaskFunction = Callable[..., Any]
+Bounds = tuple[Tensor, Tensor]
+
+_MODULE = causal_mask_function.__module__
+_UNLIMITED = 2**40  # beyond any position, and far from int64's end
+
+
+def attention_mask_for(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: MaskFunction = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool = False,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> Tensor | None:
+    """A mask as `attn_implementation="flashtile"` reads it; the signature of transformers' mask functions.
+
+    Returns:
+        None where is_causal says it all, a table (see above), or a boolean matrix (batch, 1, q_len, k_len).
+
+    Source: transformers.masking_utils.sdpa_mask, whose arguments these are.
+    """
+    lengths = (q_length, kv_length, q_offset, kv_offset)
+    plain = (mask_function is causal_mask_function or local_size is not None) and allow_is_causal_skip
+    two_sided = allow_is_bidirectional_skip and not allow_is_causal_skip
+    short = local_size is None or kv_length <= local_size
+
+    def matrix(may_skip_causal: bool = False, may_skip_bidirectional: bool = False) -> Tensor | None:
+        return sdpa_mask(
+            batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, local_size,
+            may_skip_causal, may_skip_bidirectional, use_vmap=use_vmap, device=device, **kwargs,
+        )  # fmt: skip
+
+    if is_tracing(attention_mask):
+        # A compiler lets nobody look into a function's closure, nor branch on what a tensor holds.
+        return matrix(plain and q_length == kv_length, two_sided and short)
+    bounds = None if use_vmap else _bounds(mask_function, _rows(q_length, q_offset, device))
+    # A model that forbids to leave the mask away reads it as a matrix. (So does packing, but that is ours to read.)
+    wanted_as_matrix = not allow_is_causal_skip and not allow_is_bidirectional_skip and not _is_packed(mask_function)
+    if bounds is None or wanted_as_matrix:
+        return matrix()
+    padding = None
+    if attention_mask is not None:
+        padding = _padding(attention_mask, kv_length, kv_offset)
+        if padding is None:
+            return matrix()
+        if padding == ():
+            padding = None
+    if padding is None and short and (two_sided or (plain and _aligned(mask_function, *lengths))):
+        return None
+    return _table(bounds, padding, kv_length, kv_offset)
+
+
+def _rows(q_length: int, q_offset: int | Tensor, device: torch.device | str) -> Tensor:
+    return (torch.arange(q_length, device=device) + q_offset)[None, :]
+
+
+def _aligned(function: MaskFunction, q_length: int, kv_length: int, q_offset: int | Tensor, kv_offset: int) -> bool:
+    """Whether a causal mask is what `is_causal` means: as many rows as keys, or one row that sees all of them.
+
+    A static cache has its offset in a tensor; asking for the number would wait for the device.
+    """
+    if isinstance(q_offset, Tensor):
+        return False
+    if q_length == kv_length:
+        return q_offset == 0 == kv_offset
+    return function is causal_mask_function and q_length == 1 and q_offset + 1 >= kv_offset + kv_length
+
+
+def _bounds(function: MaskFunction, row: Tensor) -> Bounds | None:
+    """(lo, hi) of the keys, by absolute position, that a mask function lets rows see; None for any other function.
+
+    row: int64, (1 or batch, q_len), the rows' positions.
+    """
+    reader = _READERS.get(_name(function))
+    return None if reader is None else reader(row, **_captured(function))
+
+
+def _name(function: MaskFunction) -> str:
+    """What transformers calls a mask function: its own name, or that of the function that made it."""
+    if getattr(function, "__module__", None) != _MODULE:
+        return ""
+    return function.__qualname__.split(".")[0]
+
+
+def _captured(function: MaskFunction) -> dict[str, Any]:
+    """The values that a mask function was made with, by name."""
+    cells = function.__closure__ or ()
+    return {name: cell.cell_contents for name, cell in zip(function.__code__.co_freevars, cells, strict=True)}
+
+
+def _is_packed(function: MaskFunction) -> bool:
+    names = [_name(part) for part in _captured(function).get("mask_functions", ())] if _name(function) else []
+    return "packed_sequence_mask_function" in names
+
+
+def _causal(row: Tensor) -> Bounds:
+    return torch.zeros_like(row), row + 1
+
+
+def _everything(row: Tensor) -> Bounds:
+    return torch.zeros_like(row), torch.full_like(row, _UNLIMITED)
+
+
+def _both(row: Tensor, mask_functions: tuple[MaskFunction, ...]) -> Bounds | None:
+    lo, hi = _everything(row)
+    for function in mask_functions:
+        bounds = _bounds(function, row)
+        if bounds is None:
+            return None
+        lo, hi = torch.maximum(lo, bounds[0]), torch.minimum(hi, bounds[1])
+    return lo, hi
+
+
+def _window(row: Tensor, sliding_window: int) -> Bounds:
+    return row - sliding_window + 1, torch.full_like(row, _UNLIMITED)
+
+
+def _two_sided_window(row: Tensor, sliding_window: int) -> Bounds:
+    return row - sliding_window, row + sliding_window + 1
+
+
+def _chunk(row: Tensor, chunk_size: int, left_padding: Tensor) -> Bounds:
+    first = left_padding[:, None]
+    start = (row - first).div(chunk_size, rounding_mode="floor") * chunk_size + first
+    return start, start + chunk_size
+
+
+def _same_sequence(row: Tensor, packed_sequence_mask: Tensor) -> Bounds:
+    """The sequences are numbered in order (transformers counts where positions start anew)."""
+    number = packed_sequence_mask.contiguous()
+    return torch.searchsorted(number, number), torch.searchsorted(number, number, right=True)
+
+
+def _by_own_position(row: Tensor, mask_function: MaskFunction, position_ids: Tensor) -> Bounds | None:
+    """Within a packed sequence positions go up by one: what holds for them holds, shifted, for the places."""
+    bounds = _bounds(mask_function, position_ids)
+    shift = row - position_ids
+    return None if bounds is None else (bounds[0] + shift, bounds[1] + shift)
+
+
+_READERS: dict[str, Callable[..., Bounds | None]] = {
+    "causal_mask_function": _causal,
+    "bidirectional_mask_function": _everything,
+    "and_masks": _both,
+    "sliding_window_overlay": _window,
+    "sliding_window_bidirectional_overlay": _two_sided_window,
+    "chunked_overlay": _chunk,
+    "packed_sequence_mask_function": _same_sequence,
+    "remap_positions_for_packed_sequence": _by_own_position,
+}
+assert bidirectional_mask_function.__module__ == _MODULE
+
+
+def _padding(attention_mask: Tensor, kv_length: int, kv_offset: int) -> Bounds | tuple[()] | None:
+    """(first, end) of the keys that are not padding, [batch, 1]; () where none is, None where some lie between others.
+
+    The one question to the device that a forward pass asks, as with PyTorch's attention.
+    """
+    missing = kv_offset + kv_length - attention_mask.shape[-1]
+    seen = torch.nn.functional.pad(attention_mask, (0, missing)) if missing > 0 else attention_mask
+    seen = seen[:, kv_offset : kv_offset + kv_length].bool()
+    count = seen.sum(-1, keepdim=True)
+    first = seen.int().argmax(-1, keepdim=True)
+    connected = seen.cumsum(-1).gather(-1, (first + count - 1).clamp(min=0)) == count
+    full, tabular = torch.stack([(count == kv_length).all(), connected.all()]).tolist()
+    if full:
+        return ()
+    return (first + kv_offset, first + count + kv_offset) if tabular else None
+
+
+def _table(bounds: Bounds, padding: Bounds | None, kv_length: int, kv_offset: int) -> Tensor:
+    lo, hi = bounds
+    if padding is not None:
+        lo, hi = torch.maximum(lo, padding[0]), torch.minimum(hi, padding[1])
+    table = torch.stack([lo, hi]).sub_(kv_offset).clamp_(0, kv_length).to(torch.int32)  # [2, 1 or batch, q_len]
+    return table.permute(1, 2, 0)[:, None]
+
+
+def is_table(mask: Tensor) -> bool:
+    return mask.dtype == torch.int32 and mask.ndim == 4 and mask.shape[1] == 1 and mask.shape[3] == 2
+
+
+def from_table(mask: Tensor) -> Bounds:
+    """(lo, hi), each int32 (1 or batch, q_len), as the native call takes them."""
+    return mask[:, 0, :, 0].contiguous(), mask[:, 0, :, 1].contiguous()

@@ -26,6 +26,8 @@ EXEMPT = {
         "flash_attn_varlen_kvpacked_func",
         "flash_attn_varlen_qkvpacked_func",
     },
+    "src/flashtile/integrations/transformers.py": {"attention_forward"},
+    "src/flashtile/integrations/transformers_masks.py": {"attention_mask_for"},
     "src/flashtile/reference/flash1.py": {"backward"},
     "src/flashtile/reference/flash2_backward.py": {"backward"},
 }

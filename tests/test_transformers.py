@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -50,7 +49,7 @@ transformers.AttentionMaskInterface.register("exact", whole_matrix)
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Call]]:
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
     """The native calls that a model makes."""
     made: list[Call] = []
     attend = ops.attention
@@ -60,7 +59,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Call]]:
         return attend(call, out)
 
     monkeypatch.setattr(ops, "attention", remember)
-    yield made
+    return made
 
 
 def results(model: nn.Module, implementation: str, inputs: dict[str, Any], seen: Tensor | None) -> dict[str, Tensor]:
@@ -85,14 +84,20 @@ def errors(got: dict[str, Tensor], want: dict[str, Tensor]) -> tuple[float, floa
     assert got.keys() == want.keys()
     wrong = {name: (got[name].double() - want[name]).abs() for name in want}
     logits = float(wrong.pop("logits").max())
-    return logits, float(sum(e.square().sum() for e in wrong.values())) ** 0.5, max(float(e.max()) for e in wrong.values())
+    return (
+        logits,
+        float(sum(e.square().sum() for e in wrong.values())) ** 0.5,
+        max(float(e.max()) for e in wrong.values()),
+    )
 
 
 def check_within_the_contract(ours: dict[str, Tensor], eager: dict[str, Tensor], want: dict[str, Tensor]) -> None:
     """At most twice eager attention's errors, and four roundings, against float64."""
     unit = torch.finfo(ours["logits"].dtype).eps / 2
     scale = max(float(t.abs().max()) for t in want.values())
-    for name, error, allowed in zip(("logits", "all gradients", "a gradient"), errors(ours, want), errors(eager, want), strict=True):
+    for name, error, allowed in zip(
+        ("logits", "all gradients", "a gradient"), errors(ours, want), errors(eager, want), strict=True
+    ):
         limit = 2 * allowed + 4 * unit * (float(want["logits"].abs().max()) if name == "logits" else scale)
         assert error <= limit, f"{name}: {error:.2e}, allowed {limit:.2e}"
 
@@ -179,14 +184,15 @@ def test_beams_and_sampling_run_on_it() -> None:
     assert torch.equal(ours, eager)
 
 
+@pytest.mark.parametrize("cached", [False, True], ids=["training", "with-a-cache"])
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt-oss"])
-def test_packed_sequences_by_position_ids(name: str, calls: list[Call]) -> None:
+def test_packed_sequences_by_position_ids(name: str, cached: bool, calls: list[Call]) -> None:
     """Three sequences end to end give what each gives alone, and no row looks at another sequence's keys."""
     model = make(name).double()
     parts = [torch.randint(3, 61, (1, length)) for length in (4, 9, 6)]
     positions = torch.cat([torch.arange(part.shape[1]) for part in parts])[None]
     model.set_attn_implementation("flashtile")
-    packed = model(torch.cat(parts, 1), position_ids=positions, use_cache=False).logits
+    packed = model(torch.cat(parts, 1), position_ids=positions, use_cache=cached).logits
     assert all(call.lo is not None and call.bias is None for call in calls)
     model.set_attn_implementation("exact")
     alone = torch.cat([model(part, use_cache=False).logits for part in parts], 1)
@@ -202,12 +208,11 @@ def test_packed_sequences_by_offsets(calls: list[Call]) -> None:
     offsets = torch.tensor([0, 4, 13, 19], dtype=torch.int32)
     alone = torch.cat([model(part).logits for part in parts], 1)
     lengths = {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets, "max_length_q": 9, "max_length_k": 9}
-    for options in ({"position_ids": positions}, {"position_ids": positions, "use_cache": False}):
+    for cached in (True, False):  # without a cache transformers makes a mask of the positions: then both hold
         calls.clear()
-        together = model(torch.cat(parts, 1), **options, **lengths).logits
+        together = model(torch.cat(parts, 1), position_ids=positions, use_cache=cached, **lengths).logits
         torch.testing.assert_close(together, alone, rtol=1e-9, atol=1e-9)
-    # Without a cache transformers sees the packing too and makes a mask of it: both hold.
-    assert all(call.cu_seqlens_q is None and call.lo is not None for call in calls)
+        assert all((call.cu_seqlens_q is None) == (call.lo is not None) == (not cached) for call in calls)
 
 
 def test_dropout_in_training() -> None:

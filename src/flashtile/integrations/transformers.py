@@ -17,7 +17,14 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from flashtile import masks, ops
 from flashtile.api import prepare, renamed
-from flashtile.integrations.transformers_masks import Bounds, attention_mask_for, from_table, is_table
+from flashtile.integrations.transformers_masks import attention_mask_for, from_table, is_table
+from flashtile.integrations.transformers_packing import (
+    Bounds,
+    band_bounds,
+    from_offsets,
+    from_positions,
+    intersection,
+)
 from flashtile.problem import Call
 
 NAME = "flashtile"
@@ -109,7 +116,8 @@ def attention_forward(
         sliding_window: keys that a row sees, its own included; on both sides where the layer is not causal.
         s_aux: (heads,), sinks. position_bias: added to the scores, with its gradient.
         deterministic: as in `flashtile.attention`.
-        cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k: batch 1 holds sequences end to end.
+        cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k: batch 1 holds sequences end to end; so it does where
+            position_ids, among the other arguments, start anew at 0, unless a matrix is the mask.
 
     Returns:
         (out, None): (batch, q_len, heads, v_dim); the weights are never formed.
@@ -136,6 +144,10 @@ def attention_forward(
             lengths = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
             out = _packed(call, mask, bounds, lengths, scaling, deterministic)
         else:
+            sequences = from_positions(kwargs.get("position_ids"), q.shape[1], k.shape[1])
+            if sequences is not None and (not whole or bounds is not None):
+                band = band_bounds(mask, q.shape[1], k.shape[1], q.device) if bounds is None else bounds
+                mask, bounds = None, intersection(band, sequences)
             call = call._replace(bias=_bias(attention_mask, position_bias))
             out = _attend(prepare(call, mask, scaling, deterministic), bounds)
     except (TypeError, ValueError) as error:
@@ -228,7 +240,8 @@ def _packed(
     cu_q = lengths[0].to(torch.int32)
     cu_k = cu_q if lengths[1] is None else lengths[1].to(torch.int32)
     if bounds is not None:
-        return _attend(prepare(call, None, scaling, deterministic), _within_sequences(bounds, cu_q, cu_k))
+        bounds = intersection(bounds, from_offsets(call.q.shape[1], cu_q, cu_k))
+        return _attend(prepare(call, None, scaling, deterministic), bounds)
     q, k, v = (t.squeeze(0) for t in call[:3])
     max_q, max_k = (
         given if isinstance(given, (int, torch.SymInt)) else total if given is None else int(given)
@@ -236,11 +249,3 @@ def _packed(
     )
     call = call._replace(q=q, k=k, v=v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, max_seqlen_q=max_q, max_seqlen_k=max_k)
     return _attend(prepare(call, mask, scaling, deterministic), None).unsqueeze(0)
-
-
-def _within_sequences(bounds: Bounds, cu_q: Tensor, cu_k: Tensor) -> Bounds:
-    lo, hi = bounds
-    row = torch.arange(lo.shape[1], device=lo.device, dtype=torch.int32)
-    number = torch.searchsorted(cu_q[1:].contiguous(), row, right=True)
-    ends = torch.cat([cu_k, cu_k[-1:]])  # rows behind the last sequence see nothing
-    return torch.maximum(lo, ends[number]).contiguous(), torch.minimum(hi, ends[number + 1]).contiguous()

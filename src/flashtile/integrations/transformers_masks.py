@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
+from transformers.masking_utils import causal_mask_function, sdpa_mask
 from transformers.utils.import_utils import is_tracing
 
 MaskFunction = Callable[..., Any]
@@ -48,33 +48,41 @@ def attention_mask_for(
 
     Source: transformers.masking_utils.sdpa_mask, whose arguments these are.
     """
-    lengths = (q_length, kv_length, q_offset, kv_offset)
-    plain = (mask_function is causal_mask_function or local_size is not None) and allow_is_causal_skip
-    two_sided = allow_is_bidirectional_skip and not allow_is_causal_skip
-    short = local_size is None or kv_length <= local_size
 
-    def matrix(may_skip_causal: bool = False, may_skip_bidirectional: bool = False) -> Tensor | None:
+    def matrix(may_skip_causal: bool = False, may_skip_two_sided: bool = False) -> Tensor | None:
         return sdpa_mask(
-            batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, local_size,
-            may_skip_causal, may_skip_bidirectional, use_vmap=use_vmap, device=device, **kwargs,
-        )  # fmt: skip
+            batch_size,
+            q_length,
+            kv_length,
+            q_offset,
+            kv_offset,
+            mask_function,
+            attention_mask,
+            local_size,
+            may_skip_causal,
+            may_skip_two_sided,
+            use_vmap=use_vmap,
+            device=device,
+            **kwargs,
+        )
 
+    # Where neither may be left away, the model reads the mask itself, as a matrix; packing alone is ours to read.
+    causal = allow_is_causal_skip
+    two_sided = allow_is_bidirectional_skip and not causal
     if is_tracing(attention_mask):
         # A compiler lets nobody look into a function's closure, nor branch on what a tensor holds.
-        return matrix(plain and q_length == kv_length, two_sided and short)
+        return matrix(causal and q_length == kv_length, two_sided)
     bounds = None if use_vmap else _bounds(mask_function, _rows(q_length, q_offset, device))
-    # A model that forbids to leave the mask away reads it as a matrix. (So does packing, but that is ours to read.)
-    wanted_as_matrix = not allow_is_causal_skip and not allow_is_bidirectional_skip and not _is_packed(mask_function)
-    if bounds is None or wanted_as_matrix:
+    if bounds is None or not (causal or two_sided or _is_packed(mask_function)):
         return matrix()
-    padding = None
+    everything, padding = True, None
     if attention_mask is not None:
-        padding = _padding(attention_mask, kv_length, kv_offset)
-        if padding is None:
+        everything, padding = _padding(attention_mask, kv_length, kv_offset)
+        if not everything and padding is None:
             return matrix()
-        if padding == ():
-            padding = None
-    if padding is None and short and (two_sided or (plain and _aligned(mask_function, *lengths))):
+    whole = local_size is None or kv_length <= local_size
+    aligned = causal and _aligned(mask_function, q_length, kv_length, q_offset, kv_offset)
+    if everything and whole and (two_sided or aligned):
         return None
     return _table(bounds, padding, kv_length, kv_offset)
 
@@ -177,13 +185,13 @@ _READERS: dict[str, Callable[..., Bounds | None]] = {
     "packed_sequence_mask_function": _same_sequence,
     "remap_positions_for_packed_sequence": _by_own_position,
 }
-assert bidirectional_mask_function.__module__ == _MODULE
 
 
-def _padding(attention_mask: Tensor, kv_length: int, kv_offset: int) -> Bounds | tuple[()] | None:
-    """(first, end) of the keys that are not padding, [batch, 1]; () where none is, None where some lie between others.
+def _padding(attention_mask: Tensor, kv_length: int, kv_offset: int) -> tuple[bool, Bounds | None]:
+    """(whether there is none, the first and the end of the keys that are not padding, each [batch, 1]).
 
-    The one question to the device that a forward pass asks, as with PyTorch's attention.
+    No bounds where padding lies between keys. The one question to the device that a forward pass asks, as with
+    PyTorch's attention.
     """
     missing = kv_offset + kv_length - attention_mask.shape[-1]
     seen = torch.nn.functional.pad(attention_mask, (0, missing)) if missing > 0 else attention_mask
@@ -191,10 +199,10 @@ def _padding(attention_mask: Tensor, kv_length: int, kv_offset: int) -> Bounds |
     count = seen.sum(-1, keepdim=True)
     first = seen.int().argmax(-1, keepdim=True)
     connected = seen.cumsum(-1).gather(-1, (first + count - 1).clamp(min=0)) == count
-    full, tabular = torch.stack([(count == kv_length).all(), connected.all()]).tolist()
-    if full:
-        return ()
-    return (first + kv_offset, first + count + kv_offset) if tabular else None
+    everything, tabular = torch.stack([(count == kv_length).all(), connected.all()]).tolist()
+    if everything or not tabular:
+        return everything, None
+    return False, (first + kv_offset, first + count + kv_offset)
 
 
 def _table(bounds: Bounds, padding: Bounds | None, kv_length: int, kv_offset: int) -> Tensor:

@@ -1,6 +1,6 @@
 """flashtile: exact, IO-aware attention for training and serving Transformers."""
 
-from flashtile import masks
+from flashtile import masks, nn
 from flashtile.api import attention, attention_varlen
 from flashtile.dispatch import check_device_errors, use_backend
 from flashtile.integrations.flash_attn import (
@@ -11,6 +11,7 @@ from flashtile.integrations.flash_attn import (
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
 )
+from flashtile.integrations.replace_sdpa import replace_sdpa
 from flashtile.integrations.sdpa import scaled_dot_product_attention
 from flashtile.merge import merge_states
 
@@ -28,6 +29,8 @@ __all__ = [
     "flash_attn_varlen_qkvpacked_func",
     "masks",
     "merge_states",
+    "nn",
+    "replace_sdpa",
     "scaled_dot_product_attention",
     "use_backend",
 ]

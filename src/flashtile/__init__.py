@@ -3,6 +3,7 @@
 from flashtile import masks, nn
 from flashtile.api import attention, attention_varlen
 from flashtile.dispatch import check_device_errors, use_backend
+from flashtile.integrations import aten_flash as _aten_flash
 from flashtile.integrations.flash_attn import (
     flash_attn_func,
     flash_attn_kvpacked_func,
@@ -14,6 +15,8 @@ from flashtile.integrations.flash_attn import (
 from flashtile.integrations.replace_sdpa import replace_sdpa
 from flashtile.integrations.sdpa import scaled_dot_product_attention
 from flashtile.merge import merge_states
+
+_aten_flash.register()
 
 __version__ = "0.1.0"
 

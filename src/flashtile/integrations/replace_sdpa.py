@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from types import ModuleType, TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,9 @@ from flashtile.dispatch import choose, requested_backend
 from flashtile.integrations.sdpa import NAMES, in_their_layout, prepared, scaled_dot_product_attention
 from flashtile.problem import DTYPES, MAX_HEAD_DIM
 from flashtile.validation import describe
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _NAME = "scaled_dot_product_attention"
 _pytorchs = F.scaled_dot_product_attention
@@ -79,7 +82,7 @@ class SdpaReplacement:
             torch.backends.mha.set_fastpath_enabled(self._fast_path)
         self._places = []
 
-    def __enter__(self) -> SdpaReplacement:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -152,12 +155,12 @@ def _why_not(query: Any, key: Any, value: Any, attn_mask: Any) -> str | None:
             return f"{name} is a {type(tensor).__name__}, which has an attention of its own or none"
         if tensor is not None and tensor.is_nested:
             return f"{name} is a nested tensor"
-    if not torch._C._get_flash_sdp_enabled():
-        return "torch.nn.attention.sdpa_kernel excludes the flash kernel, whose place flashtile takes"
-    if torch.jit.is_tracing():
-        return "torch.jit.trace records PyTorch's own operations only"
     if transformed() and torch.autograd.forward_ad._current_level >= 0:
         return "forward-mode derivatives are PyTorch's own"
+    if not torch._C._get_flash_sdp_enabled():
+        return "torch.nn.attention.sdpa_kernel excludes the flash kernel, whose place flashtile takes"
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit.trace records PyTorch's own operations only"
     return None
 
 

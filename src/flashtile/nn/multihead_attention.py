@@ -18,8 +18,8 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     Differences: `is_causal=True` is a causal mask by itself, where PyTorch wants attn_mask beside it; a row that sees
     nothing gives the bias of the output projection and weights of 0, where PyTorch gives NaN; a query, key and value
-    that are one tensor are projected at once and never separated. Weights (need_weights=True, the default as in PyTorch)
-    are computed beside the output, in memory quadratic in length: leave them away where you can.
+    that are one tensor are projected at once and never separated. Weights (need_weights=True, the default as with
+    PyTorch) are computed beside the output, in memory quadratic in length: leave them away where you can.
 
     Source: "Attention is all you need" (Vaswani et al. 2017), section 3.2.2; torch.nn.MultiheadAttention.
 
@@ -107,7 +107,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         biases = (None, None, None) if bias is None else bias.chunk(3)
         q, k, v = (F.linear(x, w, b) for x, w, b in zip((query, key, value), in_weights, biases, strict=True))
         k, v = self._with_appended(k, self.bias_k), self._with_appended(v, self.bias_v)
-        return Call(*(x.unflatten(-1, (heads, dim)) for x in (q, k, v)), dropout_p=dropout_p)
+        q, k, v = (x.unflatten(-1, (heads, dim)) for x in (q, k, v))
+        return Call(q, k, v, dropout_p=dropout_p)
 
     def _with_appended(self, x: Tensor, row: Tensor | None) -> Tensor:
         """Keys or values, (batch, k_len, embed_dim), with the learned row and the row of zeros that were asked for."""

@@ -13,7 +13,9 @@ import flashtile
 from flashtile.dispatch import load
 
 SOURCES = sorted(law.PACKAGE.rglob("*.py"))
-ALL_PYTHON = sorted(path for folder in ("src", "tests", "benchmarks", "examples") for path in (law.ROOT / folder).rglob("*.py"))
+ALL_PYTHON = sorted(
+    path for folder in ("src", "tests", "benchmarks", "examples") for path in (law.ROOT / folder).rglob("*.py")
+)
 DOCUMENTS = sorted([*law.ROOT.glob("*.md"), *(law.ROOT / "docs").rglob("*.md")])
 
 # Signatures that belong to somebody else: the user's own words, another library's function, a published algorithm's

@@ -70,7 +70,7 @@ def results(model: nn.Module, implementation: str, inputs: dict[str, Any], seen:
     logits = model(**inputs, **masks, use_cache=False).logits
     kept = logits if seen is None or seen.shape != logits.shape[:2] else logits[seen.bool()]
     torch.manual_seed(3)
-    (kept * torch.randn(kept.shape).to(kept.dtype)).sum().backward()
+    (kept * torch.randn(kept.shape).to(kept)).sum().backward()
     grads = {name: p.grad.detach().clone() for name, p in model.named_parameters() if p.grad is not None}
     return {"logits": kept.detach(), **grads}
 
@@ -213,6 +213,42 @@ def test_packed_sequences_by_offsets(calls: list[Call]) -> None:
         together = model(torch.cat(parts, 1), position_ids=positions, use_cache=cached, **lengths).logits
         torch.testing.assert_close(together, alone, rtol=1e-9, atol=1e-9)
         assert all((call.cu_seqlens_q is None) == (call.lo is not None) == (not cached) for call in calls)
+
+
+@pytest.mark.parametrize("told_by", ["positions", "offsets"])
+def test_packed_sequences_of_an_encoder(told_by: str, calls: list[Call]) -> None:
+    model = make("bert").double()
+    parts = [torch.randint(3, 61, (1, length)) for length in (4, 9, 6)]
+    options: dict[str, Any] = {"position_ids": torch.cat([torch.arange(part.shape[1]) for part in parts])[None]}
+    if told_by == "offsets":
+        options.update(cu_seq_lens_q=torch.tensor([0, 4, 13, 19], dtype=torch.int32), max_length_q=9)
+    model.set_attn_implementation("flashtile")
+    packed = model(torch.cat(parts, 1), **options).logits
+    assert all((call.cu_seqlens_q is None) == (told_by == "positions") for call in calls)
+    model.set_attn_implementation("exact")
+    torch.testing.assert_close(packed, torch.cat([model(part).logits for part in parts], 1), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", MODELS)
+def test_on_a_gpu(name: str) -> None:
+    """Logits and gradients within the contract there too, through the kernels that a GPU has."""
+    inputs, model = MODELS[name].inputs(), make(name)
+    want = results(model.double(), "exact", cast(inputs, torch.float64), None)
+    model.float().cuda()
+    inputs = {key: t.cuda() for key, t in inputs.items()}
+    ours, eager = (results(model, implementation, inputs, None) for implementation in ("flashtile", "eager"))
+    check_within_the_contract(*({key: t.cpu() for key, t in got.items()} for got in (ours, eager)), want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("name", DECODERS)
+def test_greedy_generation_on_a_gpu(name: str, cache: str) -> None:
+    model = make(name).cuda()
+    inputs = {"input_ids": tokens().cuda(), "attention_mask": padding("left").cuda()}
+    options = {"cache_implementation": cache, "disable_compile": True}
+    assert torch.equal(generate(model, "flashtile", inputs, **options), generate(model, "eager", inputs, **options))
 
 
 def test_dropout_in_training() -> None:

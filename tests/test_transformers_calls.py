@@ -268,22 +268,42 @@ def test_host_time_over_the_native_call() -> None:
     assert ours - native <= 15, f"{ours:.1f} us, native {native:.1f} us"
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "mistral", "gemma2", "vit"])
+@pytest.mark.parametrize("name", MODELS)
 def test_compiled_models(name: str) -> None:
     """One graph, the eager results, for a padded batch too; in it masks are matrices, as for PyTorch's attention."""
     torch._dynamo.reset()
-    model, inputs = make(name).double(), MODELS[name].inputs()
-    inputs = {key: t.double() if t.is_floating_point() else t for key, t in inputs.items()}
+    model, inputs = make(name), MODELS[name].inputs()
+    if name == "gpt-oss":
+        model.set_experts_implementation("grouped_mm")  # the eager ones count tokens, which no graph can
     model.set_attn_implementation("flashtile")
     options = {} if name in ("bert", "vit") else {"use_cache": False}
     for masks in ({}, {"attention_mask": padding("right")}) if MODELS[name].padded else ({},):
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         got, want = (run(**inputs, **masks, **options).logits for run in (compiled, model))
-        seen = masks.get("attention_mask", torch.ones(got.shape[:2])).bool() if got.ndim == 3 else slice(None)
-        torch.testing.assert_close(got[seen], want[seen], rtol=1e-9, atol=1e-9)
+        seen = masks["attention_mask"].bool() if masks and name != "t5" else slice(None)
+        torch.testing.assert_close(got[seen], want[seen], rtol=1e-4, atol=1e-4)
         leaf = next(p for p in model.parameters() if p.ndim > 1)
         dout = torch.randn_like(want[seen])
-        close(*(torch.autograd.grad(t[seen], leaf, dout)[0] / 100 for t in (got, want)))
+        grads = [torch.autograd.grad(t[seen], leaf, dout)[0] for t in (got, want)]
+        torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-4 * float(grads[1].abs().max()))
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_compiled_generation(name: str) -> None:
+    """A static cache compiles the steps of generation; the tokens stay eager attention's."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    options = transformers.CompileConfig(backend="aot_eager", fullgraph=False, mode=None)
+    options._compile_all_devices = True
+    model, results = make(name), []
+    for implementation, compiling in (("flashtile", {"compile_config": options}), ("eager", {"disable_compile": True})):
+        model.set_attn_implementation(implementation)
+        torch.manual_seed(2)
+        inputs = {"input_ids": tokens(), "attention_mask": padding("left"), "cache_implementation": "static"}
+        results.append(model.generate(**inputs, do_sample=False, max_new_tokens=8, min_new_tokens=8, **compiling))
+    assert torch.equal(*results)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert not torch._dynamo.utils.counters["graph_break"]
 
 
 def test_an_exported_block() -> None:

@@ -18,6 +18,7 @@ from tiny_models import MODELS, make, padding, tokens  # noqa: E402
 
 import flashtile  # noqa: E402
 from flashtile.integrations.transformers import attention_forward, register  # noqa: E402
+from flashtile.integrations.transformers_masks import attention_mask_for, from_table  # noqa: E402
 
 # What transformers and compilers say about themselves.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -146,15 +147,20 @@ REFUSED = {
     "scaling": ({"scaling": torch.ones(1)}, "scaling: got Tensor, expected a number"),
     "sinks": ({"s_aux": torch.ones(3)}, r"s_aux: got shape \(3,\), expected \(4,\), one logit per query head"),
     "dropout": ({"dropout": 1.5}, "dropout: got 1.5, expected a probability"),
+    "longest": (
+        {"max_length_q": 2.5, "cu_seq_lens_q": documents(5), "batch": 1},
+        "max_length_q: got float, expected an int",
+    ),
     "packed-batch": ({"cu_seq_lens_q": documents(5)}, "cu_seq_lens_q: got sequences packed in a batch of 2"),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_refusals(name: str) -> None:
-    options, sentence = REFUSED[name]
+    options, sentence = dict(REFUSED[name][0]), REFUSED[name][1]
+    tensors = qkv(batch=options.pop("batch", 2))
     with pytest.raises((TypeError, ValueError, NotImplementedError), match=sentence):
-        attention_forward(Layer(), *qkv(), **{"attention_mask": None, **options})
+        attention_forward(Layer(), *tensors, **{"attention_mask": None, **options})
 
 
 @pytest.mark.parametrize("beside", ["attention_mask", "position_bias"])
@@ -259,12 +265,25 @@ def host_time(function: Any, *arguments: Any, **options: Any) -> float:
     return best * 1e6
 
 
-def test_host_time_over_the_native_call() -> None:
-    query, key, value = (t.detach() for t in qkv(1, 1, dtype=torch.float32))
+@pytest.mark.parametrize("form", ["causal", "padded", "packed"])
+def test_host_time_over_the_native_call(form: str) -> None:
+    query, key, value = (t.detach() for t in qkv(4, 4, batch=1, dtype=torch.float32))
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))
-    options = {"scaling": 0.3, "dropout": 0.0, "position_ids": torch.zeros(1, 1), "use_cache": True}
-    native = host_time(flashtile.attention, q, k, v, causal=True, scale=0.3)
-    ours = host_time(attention_forward, Layer(), query, key, value, None, **options)
+    options: dict[str, Any] = {"scaling": 0.3, "dropout": 0.0, "position_ids": torch.arange(4)[None], "use_cache": True}
+    if form == "packed":
+        offsets = torch.tensor([0, 1, 4], dtype=torch.int32)
+        packed = (*(t.squeeze(0) for t in (q, k, v)), offsets, offsets, 3, 3)
+        native = host_time(flashtile.attention_varlen, *packed, causal=True, scale=0.3)
+        options.update(cu_seq_lens_q=offsets, cu_seq_lens_k=offsets, max_length_q=3, max_length_k=3)
+    else:
+        native = host_time(flashtile.attention, q, k, v, causal=True, scale=0.3)
+    mask = None
+    if form == "padded":
+        mask = attention_mask_for(1, 4, 4, attention_mask=torch.tensor([[0, 1, 1, 1]]).bool())
+        native = host_time(
+            flashtile.attention, q, k, v, mask=flashtile.masks.Intervals(*(t[0] for t in from_table(mask)))
+        )
+    ours = host_time(attention_forward, Layer(), query, key, value, mask, **options)
     assert ours - native <= 15, f"{ours:.1f} us, native {native:.1f} us"
 
 

@@ -32,6 +32,7 @@ NAME = "flashtile"
 _NAMES = {
     "q": "query", "k": "key", "v": "value", "bias": "attention_mask or position_bias", "sinks": "s_aux",
     "scale": "scaling", "dropout_p": "dropout", "cu_seqlens_q": "cu_seq_lens_q", "cu_seqlens_k": "cu_seq_lens_k",
+    "max_seqlen_q": "max_length_q", "max_seqlen_k": "max_length_k",
 }  # fmt: skip
 
 # What models pass along that says nothing about the numbers of one attention call: the rotary position was applied
@@ -136,23 +137,25 @@ def attention_forward(
     bounds = None
     if attention_mask is not None and is_table(attention_mask):
         bounds, attention_mask = from_table(attention_mask), None
-    q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    call = Call(q, k, v, None, None, s_aux, softcap=softcap or 0.0, dropout_p=dropout)
+    features: dict[str, Any] = {"sinks": s_aux, "softcap": softcap or 0.0, "dropout_p": dropout}
     try:
         if cu_seq_lens_q is not None:
-            _check_packed(attention_mask, position_bias, q)
-            lengths = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
-            out = _packed(call, mask, bounds, lengths, scaling, deterministic)
+            _check_packed(attention_mask, position_bias, query)
+            offsets = _offsets(cu_seq_lens_q, cu_seq_lens_k)
+            if bounds is None:
+                call = _packed_call(query, key, value, offsets, (max_length_q, max_length_k), features)
+                return _attend(prepare(call, mask, scaling, deterministic)).unsqueeze(0), None
+            bounds = intersection(bounds, from_offsets(query.shape[2], *offsets))
         else:
-            sequences = from_positions(kwargs.get("position_ids"), q.shape[1], k.shape[1])
+            sequences = from_positions(kwargs.get("position_ids"), query.shape[2], key.shape[2])
             if sequences is not None and (not whole or bounds is not None):
-                band = band_bounds(mask, q.shape[1], k.shape[1], q.device) if bounds is None else bounds
-                mask, bounds = None, intersection(band, sequences)
-            call = call._replace(bias=_bias(attention_mask, position_bias))
-            out = _attend(prepare(call, mask, scaling, deterministic), bounds)
+                bounds = bounds or band_bounds(mask, query.shape[2], key.shape[2], query.device)
+                mask, bounds = None, intersection(bounds, sequences)
+        bias = _bias(attention_mask, position_bias)
+        call = Call(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), bias, **features)
+        return _attend(prepare(call, mask, scaling, deterministic), bounds), None
     except (TypeError, ValueError) as error:
         raise renamed(error, _NAMES) from None
-    return out, None
 
 
 def _refuse_what_is_unknown(kwargs: dict[str, Any]) -> None:
@@ -208,15 +211,15 @@ def _bias(attention_mask: Tensor | None, position_bias: Tensor | None) -> Tensor
     return position_bias + attention_mask
 
 
-def _attend(call: Call, bounds: Bounds | None) -> Tensor:
+def _attend(call: Call, bounds: Bounds | None = None) -> Tensor:
     if bounds is not None:
         call = call._replace(lo=bounds[0], hi=bounds[1])
     return ops.attention(call)[0]
 
 
-def _check_packed(attention_mask: Tensor | None, position_bias: Tensor | None, q: Tensor) -> None:
-    if q.shape[0] != 1:
-        raise ValueError(f"cu_seq_lens_q: got sequences packed in a batch of {q.shape[0]}, expected a batch of 1")
+def _check_packed(attention_mask: Tensor | None, position_bias: Tensor | None, query: Tensor) -> None:
+    if query.shape[0] != 1:
+        raise ValueError(f"cu_seq_lens_q: got sequences packed in a batch of {query.shape[0]}, expected a batch of 1")
     for name, value in (("attention_mask", attention_mask), ("position_bias", position_bias)):
         if value is not None:
             raise NotImplementedError(
@@ -225,27 +228,33 @@ def _check_packed(attention_mask: Tensor | None, position_bias: Tensor | None, q
             )
 
 
-Lengths = tuple[Tensor, Tensor | None, int | Tensor | None, int | Tensor | None]
+def _offsets(cu_seq_lens_q: Tensor, cu_seq_lens_k: Tensor | None) -> tuple[Tensor, Tensor]:
+    if cu_seq_lens_q.dtype != torch.int32:
+        cu_seq_lens_q = cu_seq_lens_q.to(torch.int32)
+    if cu_seq_lens_k is not None and cu_seq_lens_k.dtype != torch.int32:
+        cu_seq_lens_k = cu_seq_lens_k.to(torch.int32)
+    return cu_seq_lens_q, cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k
 
 
-def _packed(
-    call: Call,
-    mask: masks.Mask | None,
-    bounds: Bounds | None,
-    lengths: Lengths,
-    scaling: float | None,
-    deterministic: bool | None,
-) -> Tensor:
-    """Sequences end to end in a batch of one; a table that comes beside them is cut to each sequence."""
-    cu_q = lengths[0].to(torch.int32)
-    cu_k = cu_q if lengths[1] is None else lengths[1].to(torch.int32)
-    if bounds is not None:
-        bounds = intersection(bounds, from_offsets(call.q.shape[1], cu_q, cu_k))
-        return _attend(prepare(call, None, scaling, deterministic), bounds)
-    q, k, v = (t.squeeze(0) for t in call[:3])
-    max_q, max_k = (
-        given if isinstance(given, (int, torch.SymInt)) else total if given is None else int(given)
-        for given, total in zip(lengths[2:], (q.shape[0], k.shape[0]), strict=True)
+def _packed_call(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    offsets: tuple[Tensor, Tensor],
+    longest: tuple[int | Tensor | None, int | Tensor | None],
+    features: dict[str, Any],
+) -> Call:
+    """Sequences end to end in a batch of one, for the kernels that know them."""
+    q, k, v = (t.squeeze(0).transpose(0, 1) for t in (query, key, value))
+    max_q, max_k = (int(n) if isinstance(n, Tensor) else n for n in longest)
+    max_q, max_k = q.shape[0] if max_q is None else max_q, k.shape[0] if max_k is None else max_k
+    return Call(
+        q,
+        k,
+        v,
+        cu_seqlens_q=offsets[0],
+        cu_seqlens_k=offsets[1],
+        max_seqlen_q=max_q,
+        max_seqlen_k=max_k,
+        **features,
     )
-    call = call._replace(q=q, k=k, v=v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, max_seqlen_q=max_q, max_seqlen_k=max_k)
-    return _attend(prepare(call, mask, scaling, deterministic), None).unsqueeze(0)

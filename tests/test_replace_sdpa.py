@@ -88,8 +88,25 @@ def test_modules_that_imported_it_by_name(calls: list[Any], monkeypatch: pytest.
     q = leaf(2, 3, 5, 8)
     with flashtile.replace_sdpa():
         module.attend(q, q, q)
+        late = F.scaled_dot_product_attention
     assert len(calls) == 1
     assert module.attend is KEPT[0]
+    close(late(q, q, q, scale=0.5), KEPT[0](q, q, q, scale=0.5))
+    assert len(calls) == 1, "a name bound meanwhile goes back to PyTorch too"
+
+
+def test_transforms() -> None:
+    """torch.func's gradients and vmap go through flashtile as they do without a replacement."""
+    q = torch.randn(3, 2, 4, 8, dtype=torch.float64)
+
+    def loss(x: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(x, x, x, is_causal=True).square().sum()
+
+    with sdpa_kernel(SDPBackend.MATH):
+        want = torch.vmap(torch.func.grad(loss))(q)
+    with flashtile.replace_sdpa() as replacement:
+        close(torch.vmap(torch.func.grad(loss))(q), want)
+    assert replacement.served == 1 and not replacement.passed_on
 
 
 CALLS: dict[str, Callable[[], tuple[tuple[Tensor, ...], dict[str, Any]]]] = {

@@ -38,7 +38,8 @@ def replace_sdpa() -> SdpaReplacement:
     torch.nn.attention.sdpa_kernel that excludes the flash kernel, and every bad argument, which PyTorch then reports.
     MultiheadAttention with need_weights=True, its default, never calls the function: it forms the weights itself.
 
-    It holds for all threads. Code of torch.compile is compiled anew when a replacement begins or ends.
+    It holds for all threads, and the innermost replacement counts. Code of torch.compile is compiled anew when the
+    first replacement begins and when the last one ends.
 
     Returns:
         the replacement: `served`, the number of calls on flashtile; `passed_on`, reason -> number of calls;
@@ -117,9 +118,12 @@ def _attention(
     """torch.nn.functional.scaled_dot_product_attention on flashtile; see flashtile.replace_sdpa."""
     arguments = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if torch.compiler.is_compiling():
-        if _goes_to_pytorch_compiled(query, value):
+        if not _active or _goes_to_pytorch_compiled(query, value):
             return _by_pytorch(*arguments)
         return scaled_dot_product_attention(*arguments)
+    replacement = _active[-1] if _active else None
+    if replacement is None:  # a module that was imported meanwhile may still hold this function
+        return _by_pytorch(*arguments)
     reason = _why_not(query, key, value, attn_mask)
     if reason is None:
         try:
@@ -129,13 +133,10 @@ def _attention(
                 choose(problem)
         except (TypeError, ValueError, NotImplementedError) as error:
             reason = str(renamed(error, NAMES))
-    replacement = _active[-1] if _active else None
     if reason is not None:
-        if replacement is not None:
-            replacement.passed_on[reason] = replacement.passed_on.get(reason, 0) + 1
+        replacement.passed_on[reason] = replacement.passed_on.get(reason, 0) + 1
         return _by_pytorch(*arguments)
-    if replacement is not None:
-        replacement.served += 1
+    replacement.served += 1
     return in_their_layout(ops.attention(call)[0], rank, batch)
 
 

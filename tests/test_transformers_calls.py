@@ -221,13 +221,25 @@ try:
     transformers.AutoModelForCausalLM.from_config(config, attn_implementation="flashtile")
 except Exception as error:
     print(type(error).__name__, end=" ")
-from flashtile.integrations.transformers import register
-register()
+flashtile.integrations.transformers.register()
 model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="flashtile")
 print(model.config._attn_implementation)
 """
     first, name = fresh_process(code).split()[-2:]
     assert first.endswith("Error") and name == "flashtile"
+
+
+def test_an_unknown_transformers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    package = flashtile.integrations.transformers.transformers
+    monkeypatch.setattr(package, "__version__", "4.57.1")
+    with pytest.raises(ImportError, match="transformers: got version 4.57.1, expected one like 5.23"):
+        register()
+    monkeypatch.setattr(package, "__version__", "6.0.0")
+    monkeypatch.delattr(package.PreTrainedModel, "_check_and_adjust_attn_implementation")
+    with pytest.raises(ImportError, match="got version 6.0.0"):
+        register()
+    with pytest.raises(AttributeError, match="no attribute 'nowhere'"):
+        flashtile.integrations.nowhere  # noqa: B018
 
 
 class Operations(TorchDispatchMode):

@@ -12,6 +12,7 @@ from functools import wraps
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
@@ -54,13 +55,15 @@ def register() -> None:
     interface is refused when it is made.
 
     Raises:
-        ImportError: transformers is not installed, or is older than 5.
+        ImportError: transformers is not installed, or is none that flashtile knows: older than 5, or far newer.
 
     Source: transformers, "Attention backends"; `AttentionInterface` and `AttentionMaskInterface`.
     """
+    check = getattr(PreTrainedModel, "_check_and_adjust_attn_implementation", None)
+    if check is None or int(transformers.__version__.split(".")[0]) < 5:
+        raise ImportError(f"transformers: got version {transformers.__version__}, expected one like 5.23")
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, attention_mask_for)
-    check = PreTrainedModel._check_and_adjust_attn_implementation
     if not hasattr(check, "knows_flashtile"):
         PreTrainedModel._check_and_adjust_attn_implementation = _knowing_flashtile(check)
 

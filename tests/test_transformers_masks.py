@@ -132,6 +132,14 @@ def test_plain_masks_need_nothing() -> None:
     window = FUNCTIONS["window"][0]
     assert attention_mask_for(BATCH, 4, 4, mask_function=window, local_size=4) is None
     assert attention_mask_for(BATCH, 5, 5, mask_function=window, local_size=4) is not None
+    # What the function says counts, not what the caller forgot to say.
+    assert attention_mask_for(BATCH, 5, 5, mask_function=window) is not None
+    assert attention_mask_for(BATCH, 5, 5, mask_function=two_sided, **both) is None
+    assert attention_mask_for(BATCH, 5, 5, mask_function=FUNCTIONS["two-sided-window"][0], **both) is not None
+    packed = theirs.packed_sequence_mask_function(torch.tensor([[0, 0, 1, 1, 1]] * BATCH))
+    assert (
+        attention_mask_for(BATCH, 5, 5, mask_function=theirs.and_masks(packed, theirs.causal_mask_function)) is not None
+    )
     # More rows than one and fewer than keys: is_causal alone does not say where the rows stand.
     assert attention_mask_for(BATCH, 4, 9, 5) is not None
     assert attention_mask_for(BATCH, 4, 9, 0) is not None

@@ -25,6 +25,13 @@ Bounds = tuple[Tensor, Tensor]
 _MODULE = causal_mask_function.__module__
 _UNLIMITED = 2**40  # beyond any position, and far from int64's end
 
+# The functions that look at a part of the keys only, and what their closures call its size.
+_SIZES = {
+    "sliding_window_overlay": "sliding_window",
+    "sliding_window_bidirectional_overlay": "sliding_window",
+    "chunked_overlay": "chunk_size",
+}
+
 
 def attention_mask_for(
     batch_size: int,
@@ -72,18 +79,20 @@ def attention_mask_for(
     if is_tracing(attention_mask):
         # A compiler lets nobody look into a function's closure, nor branch on what a tensor holds.
         return matrix(causal and q_length == kv_length, two_sided)
+    parts = _parts(mask_function)
+    plain = (causal or two_sided) and not use_vmap and _is_plain(parts, q_length, kv_length, q_offset, kv_offset)
+    if plain and attention_mask is None:
+        return None
     bounds = None if use_vmap else _bounds(mask_function, _rows(q_length, q_offset, device))
-    if bounds is None or not (causal or two_sided or _is_packed(mask_function)):
+    if bounds is None or not (causal or two_sided or "packed_sequence_mask_function" in parts):
         return matrix()
-    everything, padding = True, None
+    padding = None
     if attention_mask is not None:
         everything, padding = _padding(attention_mask, kv_length, kv_offset)
+        if everything and plain:
+            return None
         if not everything and padding is None:
             return matrix()
-    whole = local_size is None or kv_length <= local_size
-    aligned = causal and _aligned(mask_function, q_length, kv_length, q_offset, kv_offset)
-    if everything and whole and (two_sided or aligned):
-        return None
     return _table(bounds, padding, kv_length, kv_offset)
 
 
@@ -91,16 +100,31 @@ def _rows(q_length: int, q_offset: int | Tensor, device: torch.device | str) -> 
     return (torch.arange(q_length, device=device) + q_offset)[None, :]
 
 
-def _aligned(function: MaskFunction, q_length: int, kv_length: int, q_offset: int | Tensor, kv_offset: int) -> bool:
-    """Whether a causal mask is what `is_causal` means: as many rows as keys, or one row that sees all of them.
+def _parts(function: MaskFunction) -> dict[str, MaskFunction]:
+    """The functions that a mask is the intersection of, by name."""
+    if _name(function) != "and_masks":
+        return {_name(function): function}
+    return {name: part for inner in _captured(function)["mask_functions"] for name, part in _parts(inner).items()}
+
+
+def _is_plain(
+    parts: dict[str, MaskFunction], q_length: int, kv_length: int, q_offset: int | Tensor, kv_offset: int
+) -> bool:
+    """Whether the layer's `is_causal` says the whole mask: windows as long as the keys, and rows that stand where it
+    means, as many as keys or one that sees them all.
 
     A static cache has its offset in a tensor; asking for the number would wait for the device.
     """
-    if isinstance(q_offset, Tensor):
+    if any(name in parts and _captured(parts[name])[size] < kv_length for name, size in _SIZES.items()):
+        return False
+    others = parts.keys() - _SIZES.keys()
+    if others == {"bidirectional_mask_function"}:
+        return True
+    if others != {"causal_mask_function"} or isinstance(q_offset, Tensor):
         return False
     if q_length == kv_length:
         return q_offset == 0 == kv_offset
-    return function is causal_mask_function and q_length == 1 and q_offset + 1 >= kv_offset + kv_length
+    return len(parts) == 1 and q_length == 1 and q_offset + 1 >= kv_offset + kv_length
 
 
 def _bounds(function: MaskFunction, row: Tensor) -> Bounds | None:
@@ -123,11 +147,6 @@ def _captured(function: MaskFunction) -> dict[str, Any]:
     """The values that a mask function was made with, by name."""
     cells = function.__closure__ or ()
     return {name: cell.cell_contents for name, cell in zip(function.__code__.co_freevars, cells, strict=True)}
-
-
-def _is_packed(function: MaskFunction) -> bool:
-    names = [_name(part) for part in _captured(function).get("mask_functions", ())] if _name(function) else []
-    return "packed_sequence_mask_function" in names
 
 
 def _causal(row: Tensor) -> Bounds:

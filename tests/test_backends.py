@@ -161,6 +161,30 @@ def test_a_gradient_that_nobody_wants_changes_no_other(backend: str, device: str
         torch.testing.assert_close(torch.autograd.grad(out, leaf, dout)[0], wanted[index], rtol=0, atol=1e-6)
 
 
+def spread(tensor: Tensor) -> Tensor:
+    """The same numbers, each followed by another in memory."""
+    return torch.stack([tensor, torch.full_like(tensor, 99)], -1)[..., 0]
+
+
+@every_place
+def test_small_tensors_may_have_any_strides(backend: str, device: str) -> None:
+    """Slopes, sinks and cu_seqlens, which kernels read by address."""
+    q, k, v = (torch.randn(9, 2, 16, device=device, requires_grad=True) for _ in range(3))
+    slopes, sinks = torch.rand(2, 2, device=device), torch.randn(2, device=device)
+    starts, dout = torch.tensor([0, 4, 9], dtype=torch.int32, device=device), torch.randn(9, 2, 16, device=device)
+    results = []
+    for arrange in (torch.Tensor.contiguous, spread):
+        leaves = (q, k, v, arrange(sinks).detach().requires_grad_())
+        out = flashtile.attention_varlen(
+            *leaves[:3], arrange(starts), None, 5, 5, alibi_slopes=arrange(slopes), sinks=leaves[3], backend=backend
+        )
+        assert isinstance(out, Tensor)
+        results.append((out, *torch.autograd.grad(out, leaves, dout)))
+    assert not spread(slopes).is_contiguous()
+    for dense, strided in zip(*results, strict=True):
+        torch.testing.assert_close(strided, dense, rtol=0, atol=1e-6)
+
+
 ROWS = torch.arange(1, 41)
 ALIKE: dict[str, list[dict[str, Any]]] = {
     "a table for all and one for each": [

@@ -230,6 +230,10 @@ def test_an_absent_package_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     # FlashAttention 4 installs the same top-level name without FlashAttention 2's functions.
     monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace())  # type: ignore[arg-type]
     assert FLASH_2.missing() == "flash_attn cannot be imported: flash_attn has no flash_attn_func"
+    # flashtile must not be timed as its own rival.
+    served = SimpleNamespace(flash_attn_func=flashtile.flash_attn_func, SERVED_BY_FLASHTILE=True)
+    monkeypatch.setitem(sys.modules, "flash_attn", served)  # type: ignore[arg-type]
+    assert "flash_attn is flashtile itself" in (FLASH_2.missing() or "")
 
 
 @pytest.mark.slow

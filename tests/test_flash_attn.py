@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from oracle import alibi, band, close, gradients, standard
@@ -14,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import flashtile
 from flashtile import execution
-from flashtile.integrations import flash_attn
+from flashtile.integrations.flash_attn import functions, interface
 from flashtile.problem import Call
 
 NO_DEFAULT = inspect.Parameter.empty
@@ -267,13 +268,13 @@ def test_dropout_follows_the_generator() -> None:
 
 def test_deterministic_reaches_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Call] = []
-    attend = flash_attn.attend
+    attend = functions.attend
 
     def remember(call: Call) -> tuple[Tensor, Tensor]:
         calls.append(call)
         return attend(call)
 
-    monkeypatch.setattr(flash_attn, "attend", remember)
+    monkeypatch.setattr(functions, "attend", remember)
     q = randn(1, 5, 2, 8)
     flashtile.flash_attn_func(q, q, q)
     flashtile.flash_attn_func(q, q, q, deterministic=True)
@@ -297,3 +298,15 @@ def test_half_precision_autocast_and_no_elements() -> None:
         q.new_empty(0, 3, 4, 8), nothing, 0, 0.5, return_attn_probs=True
     )
     assert (out.shape, lse.shape, pattern.numel()) == ((0, 4, 8), (4, 0), 0)
+
+
+@pytest.mark.parametrize("kind", [torch.tensor, np.int64, lambda n: torch.tensor([n], dtype=torch.int32)])
+def test_the_longest_sequence_may_come_as_one_integer_of_another_kind(kind: Callable[[int], Any]) -> None:
+    q, k = randn(9, 4, 8, grad=False), randn(7, 2, 8, grad=False)
+    expected = flashtile.flash_attn_varlen_func(q, k, k, Q_STARTS, K_STARTS, 5, 4)
+    assert torch.equal(flashtile.flash_attn_varlen_func(q, k, k, Q_STARTS, K_STARTS, kind(5), kind(4)), expected)
+    numbers = (0.0, 8**-0.5, False)
+    step = interface._flash_attn_varlen_forward(q, k, k, Q_STARTS, K_STARTS, kind(5), kind(4), *numbers)
+    assert torch.equal(step[0], expected)
+    with pytest.raises(TypeError, match="max_seqlen_q: got Tensor, expected an int"):
+        flashtile.flash_attn_varlen_func(q, k, k, Q_STARTS, K_STARTS, torch.tensor(5.0), 4)

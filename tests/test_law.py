@@ -13,19 +13,37 @@ import flashtile
 from flashtile.dispatch import load
 
 SOURCES = sorted(law.PACKAGE.rglob("*.py"))
-ALL_PYTHON = sorted(path for folder in ("src", "tests", "benchmarks") for path in (law.ROOT / folder).rglob("*.py"))
-DOCUMENTS = sorted([*law.ROOT.glob("*.md"), *(law.ROOT / "docs").rglob("*.md")])
+ALL_PYTHON = sorted(
+    path for folder in ("src", "tests", "benchmarks", "examples", "shims") for path in (law.ROOT / folder).rglob("*.py")
+)
+DOCUMENTS = sorted(
+    [
+        *law.ROOT.glob("*.md"),
+        *(path for folder in ("docs", "examples", "shims") for path in (law.ROOT / folder).rglob("*.md")),
+    ]
+)
 
 # Signatures that belong to somebody else: the user's own words, another library's function, a published algorithm's
 # inputs. Everything else keeps to ten arguments.
 EXEMPT = {
     "src/flashtile/api.py": {"attention", "attention_varlen"},
-    "src/flashtile/integrations/flash_attn.py": {
+    "src/flashtile/integrations/aten_flash.py": {"_sdpa_backward", "_forward", "_backward"},
+    "src/flashtile/integrations/flash_attn/functions.py": {
         "flash_attn_func",
         "flash_attn_varlen_func",
         "flash_attn_varlen_kvpacked_func",
         "flash_attn_varlen_qkvpacked_func",
     },
+    "src/flashtile/integrations/flash_attn/interface.py": {
+        "_flash_attn_backward",
+        "_flash_attn_forward",
+        "_flash_attn_varlen_backward",
+        "_flash_attn_varlen_forward",
+    },
+    "src/flashtile/integrations/flash_attn/kvcache.py": {"flash_attn_with_kvcache"},
+    "src/flashtile/integrations/flash_attn/raw.py": {"bwd", "fwd", "fwd_kvcache", "varlen_bwd", "varlen_fwd"},
+    "src/flashtile/integrations/transformers.py": {"attention_forward"},
+    "src/flashtile/integrations/transformers_masks.py": {"attention_mask_for"},
     "src/flashtile/reference/flash1.py": {"backward"},
     "src/flashtile/reference/flash2_backward.py": {"backward"},
 }

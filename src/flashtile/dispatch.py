@@ -82,9 +82,9 @@ def requested_backend() -> str | None:
 
 
 def check_device_errors(device: torch.device | str | int | None = None) -> None:
-    """Waits for a device and raises what its kernels found wrong with the contents of earlier calls' cu_seqlens.
+    """Waits for a device and raises what was wrong with the contents of earlier calls' cu_seqlens or cache tables.
 
-    On a GPU these contents cannot be looked at before a launch without waiting; a kernel that meets bad ones stays
+    On a GPU these contents cannot be looked at before a launch without waiting; a call that meets bad ones stays
     within bounds and reports them, and the next call on that device raises. This call asks now.
 
     Args:
@@ -97,6 +97,7 @@ def check_device_errors(device: torch.device | str | int | None = None) -> None:
         device = None if device is None else torch.device(device)
     except RuntimeError:
         raise ValueError(f"device: got {device!r}, expected a device such as 'cuda:0'") from None
-    mailbox = sys.modules.get("flashtile.gpu.mailbox")
-    if mailbox is not None:  # else no kernel has run
-        mailbox.check(device)
+    for name in ("flashtile.gpu.mailbox", "flashtile.kvcache.reports"):
+        reports = sys.modules.get(name)
+        if reports is not None:  # else no call has anything to report
+            reports.check(device)

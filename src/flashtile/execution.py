@@ -37,14 +37,24 @@ def run_backward(
     grads = empty_gradients(packed)
     call = unpack(packed)
     views = unpack(call._replace(q=grads[0], k=grads[1], v=grads[2]))
-    dqkv = (views.q, views.k, views.v)
+    dbias, dsinks = write_gradients(dout, dlse, out, lse, bias_grad, call, (views.q, views.k, views.v))
+    return (*grads, dbias, dsinks)
+
+
+def write_gradients(
+    dout: Tensor,
+    dlse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    bias_grad: bool,
+    call: Call,
+    dqkv: tuple[Tensor, Tensor, Tensor],
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dbias, dsinks) of an unpacked call; the gradients of q, k and v are written into dqkv, of any strides."""
     problem = describe(call)
     if problem.empty:
-        dbias, dsinks = _backward_of_nothing(call, lse, dlse, dqkv, bias_grad)
-    else:
-        backend = load(choose(problem, call.backend))
-        dbias, dsinks = backend.backward(problem, call, out, lse, dout, dlse, dqkv, bias_grad)
-    return (*grads, dbias, dsinks)
+        return _backward_of_nothing(call, lse, dlse, dqkv, bias_grad)
+    return load(choose(problem, call.backend)).backward(problem, call, out, lse, dout, dlse, dqkv, bias_grad)
 
 
 def empty_gradients(call: Call) -> tuple[Tensor, Tensor | None, Tensor | None]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
-from flashtile.cli import bench, demo, doctor, explain, verify
+from flashtile.cli import bench, demo, doctor, explain, run, verify
 from flashtile.cli.options import command
 
 app = typer.Typer(
@@ -24,3 +26,16 @@ COMMANDS = (
 )
 for name, module, text in COMMANDS:
     app.command(name)(command(module.Options, module.run, module.show, text))
+
+
+@app.command(
+    "run",
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+    help="Run a script, or a module after -m, with `import flash_attn` served by flashtile.",
+)
+def run_program(program: Annotated[list[str], typer.Argument(help="SCRIPT or -m MODULE, and its arguments.")]) -> None:
+    """What `flashtile run` does when it comes through Typer; the entry point goes to `run` directly."""
+    try:
+        run.run(program)
+    except run.NothingToRunError as error:
+        raise typer.BadParameter(str(error)) from None

@@ -85,6 +85,8 @@ class Flash:
         module = import_module(self.module)
         if not hasattr(module, "flash_attn_func"):  # the namespace that FlashAttention 4 shares with 2
             raise ImportError(f"{self.module} has no flash_attn_func")
+        if getattr(module, "SERVED_BY_FLASHTILE", False):
+            raise ImportError(f"{self.module} is flashtile itself, by install() or the distribution in shims/")
         return module
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,7 @@ from flashtile.api import prepare, renamed
 from flashtile.problem import Call
 from flashtile.validation import check_is_tensor, fail
 
-_NAMES = {"q": "query", "k": "key", "v": "value", "bias": "attn_mask"}
+NAMES = {"q": "query", "k": "key", "v": "value", "bias": "attn_mask"}
 
 
 def scaled_dot_product_attention(
@@ -32,7 +34,8 @@ def scaled_dot_product_attention(
         key: (..., kv_heads, k_len, head_dim); value: (..., kv_heads, k_len, v_dim). All but the last two dimensions
             broadcast, as in a matrix product.
         attn_mask: broadcastable to (..., heads, q_len, k_len), at least 2-D; boolean (True is seen) or added to the
-            scores, in float32 or query's dtype. Its gradient is computed.
+            scores, in float32 or query's dtype. Its gradient is computed. Or causal_upper_left or causal_lower_right
+            of torch.nn.attention.bias, which are never made into a matrix here.
         dropout_p: probability of dropping an attention weight; always applied, as in PyTorch. Default 0.
         is_causal: row i sees the keys 0 to i (top-left alignment); not together with attn_mask.
         scale: factor of the scores; default 1 / sqrt(head_dim).
@@ -53,16 +56,47 @@ def scaled_dot_product_attention(
     >>> flashtile.scaled_dot_product_attention(q, k, v, is_causal=True).shape
     torch.Size([1, 4, 128, 64])
     """
+    try:
+        call, rank, batch = prepared(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        return in_their_layout(ops.attention(call)[0], rank, batch)
+    except (TypeError, ValueError) as error:
+        raise renamed(error, NAMES) from None
+
+
+def prepared(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> tuple[Call, int, list[int]]:
+    """The native call, and the result's rank and its dimensions before heads."""
     _check(query, key, value, attn_mask, is_causal, enable_gqa)
+    mask = None
+    if type(attn_mask).__name__ == "CausalBias":  # of torch.nn.attention.bias, a tensor in name only
+        mask, attn_mask = _causal_bias(attn_mask, query.shape[-2], key.shape[-2]), None
     rank, batch = query.ndim, list(query.shape[:-3])
     if not _is_plain(query, key, value, enable_gqa):
         rank, batch, query, key, value, attn_mask = _four_dimensional(query, key, value, attn_mask, enable_gqa)
-    mask = masks.Window(None, query.shape[2] - key.shape[2]) if is_causal else None
+    if is_causal:
+        mask = masks.Window(None, query.shape[2] - key.shape[2])
     call = Call(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask, dropout_p=dropout_p)
-    try:
-        out = ops.attention(prepare(call, mask, scale, None))[0].transpose(1, 2)
-    except (TypeError, ValueError) as error:
-        raise renamed(error, _NAMES) from None
+    return prepare(call, mask, scale, None), rank, batch
+
+
+def _causal_bias(bias: Any, q_len: int, k_len: int) -> masks.Mask:
+    """A causal_upper_left or causal_lower_right object as a mask."""
+    if (bias.seq_len_q, bias.seq_len_kv) != (q_len, k_len):
+        fail("attn_mask", f"a CausalBias of {bias.seq_len_q} by {bias.seq_len_kv}", f"{q_len} by {k_len}")
+    return masks.Causal() if bias.variant.name == "LOWER_RIGHT" else masks.Window(None, q_len - k_len)
+
+
+def in_their_layout(out: Tensor, rank: int, batch: list[int]) -> Tensor:
+    """(..., heads, q_len, v_dim) of the native result."""
+    out = out.transpose(1, 2)
     return out if rank == 4 else out.unflatten(0, batch)[(0,) * (4 - rank)]
 
 
@@ -82,7 +116,7 @@ def _check(
     if is_causal:
         fail("attn_mask", "a mask together with is_causal=True", "one or the other")
     rank = max(query.ndim, key.ndim, value.ndim)
-    if not 2 <= attn_mask.ndim <= rank:
+    if not 2 <= attn_mask.ndim <= rank and type(attn_mask).__name__ != "CausalBias":
         fail("attn_mask", f"shape {tuple(attn_mask.shape)}", f"2 to {rank} dimensions, (..., q_len, k_len)")
 
 

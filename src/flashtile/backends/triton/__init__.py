@@ -42,7 +42,7 @@ def forward(problem: Problem, call: Call, out: Tensor | None = None) -> tuple[Te
     from flashtile.backends.triton.forward_pass import forward as run
 
     mailbox.raise_if_set(call.q.device.index)
-    return run(problem, call, out)
+    return run(problem, _in_order(call), out)
 
 
 def backward(
@@ -58,4 +58,14 @@ def backward(
     """Writes grads = (dq, dk, dv) and returns (dbias, dsinks); see docs/design.md, the backend contract."""
     from flashtile.backends.triton.backward_pass import backward as run
 
-    return run(problem, call, out, lse, dout, dlse, grads, bias_grad)
+    return run(problem, _in_order(call), out, lse, dout, dlse, grads, bias_grad)
+
+
+def _in_order(call: Call) -> Call:
+    """The call with slopes, sinks and cu_seqlens as kernels read them: one number behind the other in memory."""
+    strided = {
+        name: tensor.contiguous()
+        for name in ("alibi_slopes", "sinks", "cu_seqlens_q", "cu_seqlens_k")
+        if (tensor := getattr(call, name)) is not None and not tensor.is_contiguous()
+    }
+    return call._replace(**strided) if strided else call

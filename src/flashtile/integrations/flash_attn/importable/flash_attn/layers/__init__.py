@@ -1,0 +1,1 @@
+"""flash_attn.layers: the module rotary is served by flashtile."""

@@ -1,0 +1,1 @@
+"""flash_attn.ops: the module triton.rotary is served by flashtile."""

@@ -7,6 +7,7 @@ other tests use must be off.
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -66,24 +67,31 @@ def hopper_problems(few: bool) -> Iterator[Problem]:
 
 
 def products(cubin: bytes) -> int:
-    """Matrix products of whole warp groups (HGMMA) in a binary."""
-    return len(re.findall(r"\bHGMMA\b", _run_tool("nvdisasm", ["-c"], cubin).stdout))
+    """Matrix products of whole warp groups in a binary."""
+    return occurrences("HGMMA", cubin)
+
+
+def occurrences(operation: str, cubin: bytes) -> int:
+    """How often an operation stands in a binary."""
+    from flashtile.gpu import binary
+
+    text = run_tool([Path(binary.cuobjdump()).with_name("nvdisasm"), "-c"], cubin).stdout
+    return len(re.findall(rf"\b{operation}\b", text))
 
 
 def serialized(ptx: str) -> list[str]:
     """ptxas's words, C7510 to C7519, where it waits for products or runs them one by one without having been told."""
-    log = _run_tool("ptxas", ["-v", "--gpu-name=sm_90a", "-o", "/dev/null"], ptx.encode())
+    from triton.backends.nvidia.compiler import get_ptxas  # newer releases ship two of them
+
+    log = run_tool([get_ptxas(90).path, "-v", "--gpu-name=sm_90a", "-o", os.devnull], ptx.encode())
     return re.findall(r".*C751\d.*", log.stdout + log.stderr)
 
 
-def _run_tool(name: str, options: list[str], data: bytes) -> subprocess.CompletedProcess[str]:
-    """One of the NVIDIA tools that Triton ships, on data in a file."""
-    from flashtile.gpu import binary
-
+def run_tool(command: list[str | Path], data: bytes) -> subprocess.CompletedProcess[str]:
+    """One of the tools that Triton ships, on data in a file."""
     with tempfile.NamedTemporaryFile() as file:
         Path(file.name).write_bytes(data)
-        tool = Path(binary.cuobjdump()).with_name(name)
-        return subprocess.run([tool, *options, file.name], capture_output=True, text=True, check=True)
+        return subprocess.run([*command, file.name], capture_output=True, text=True, check=True)
 
 
 def describe_hopper(kernel: Any) -> dict[str, Any]:

@@ -22,8 +22,10 @@ PLACES = (
     *_interpreted,
     pytest.param("blocked", "cuda", marks=pytest.mark.gpu, id="blocked-gpu"),
     pytest.param("triton", "cuda", marks=pytest.mark.gpu, id="triton-gpu"),
-    pytest.param("hopper", "cuda", marks=[pytest.mark.gpu, on_hopper], id="hopper-gpu"),
 )
+
+# The same and Hopper's, which serves float16 and bfloat16 only.
+PLACES_16_BIT = (*PLACES, pytest.param("hopper", "cuda", marks=[pytest.mark.gpu, on_hopper], id="hopper-gpu"))
 
 # What runs on a GPU, for tests that need one.
 GPU_BACKENDS = (pytest.param("triton", id="triton"), pytest.param("hopper", marks=on_hopper, id="hopper"))

@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from places import GPU, PLACES, every_place, on_hopper
+from places import GPU, PLACES_16_BIT, every_place, on_hopper
 from torch import Tensor
 
 import flashtile
-from flashtile.masks import Intervals, Mask, Prefix, Window
+from flashtile.masks import Causal, Intervals, Mask, Prefix, Window
 from flashtile.testing import CASES, REAL_CASES, Case, build, case, evaluate, run_case
 from flashtile.testing.accuracy import check_same_form
+from flashtile.testing.run import CHOSEN
 
 OTHERS = (torch.float16, torch.float32)
 NARROW = (*OTHERS, torch.bfloat16)
@@ -63,14 +64,23 @@ def test_on_a_gpu(case: Case, dtype: torch.dtype) -> None:
 @on_hopper
 @pytest.mark.parametrize(("case", "dtype"), one_dtype_each(CASES, HALF))
 def test_on_hopper(case: Case, dtype: torch.dtype) -> None:
-    run_case(case, "hopper", dtype, "cuda")
+    run_case(case, "hopper", dtype, "cuda", grads=max(case.dim, case.v_dim or 0) <= 128)
 
 
 @pytest.mark.gpu
 @on_hopper
 @pytest.mark.parametrize(("case", "dtype"), in_dtype(REAL_CASES, torch.bfloat16))
 def test_real_sizes_on_hopper(case: Case, dtype: torch.dtype) -> None:
-    run_case(case, "hopper", dtype, "cuda")
+    run_case(case, "hopper", dtype, "cuda", grads=max(case.dim, case.v_dim or 0) <= 128)
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("features", [{}, {"dropout_p": 0.2, "kv_heads": 1}, {"sinks": True, "dlse": True}], ids=str)
+def test_a_backward_that_another_backend_makes(features: dict[str, Any]) -> None:
+    """Forward by Hopper's kernels, backward by Triton's, from one lse and one dropout."""
+    case = Case("two-backends", "", batch=2, heads=2, q_len=300, k_len=300, dim=160, mask=Causal(), **features)
+    run_case(case, CHOSEN, torch.bfloat16, "cuda")
 
 
 @pytest.mark.gpu
@@ -166,12 +176,16 @@ def spread(tensor: Tensor) -> Tensor:
     return torch.stack([tensor, torch.full_like(tensor, 99)], -1)[..., 0]
 
 
-@every_place
+@pytest.mark.parametrize(("backend", "device"), PLACES_16_BIT)
 def test_small_tensors_may_have_any_strides(backend: str, device: str) -> None:
     """Slopes, sinks and cu_seqlens, which kernels read by address."""
-    q, k, v = (torch.randn(9, 2, 16, device=device, requires_grad=True) for _ in range(3))
+    dtype = torch.float16 if backend == "hopper" else torch.float32
+    q, k, v = (torch.randn(9, 2, 16, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
     slopes, sinks = torch.rand(2, 2, device=device), torch.randn(2, device=device)
-    starts, dout = torch.tensor([0, 4, 9], dtype=torch.int32, device=device), torch.randn(9, 2, 16, device=device)
+    starts, dout = (
+        torch.tensor([0, 4, 9], dtype=torch.int32, device=device),
+        torch.randn(9, 2, 16, device=device, dtype=dtype),
+    )
     results = []
     for arrange in (torch.Tensor.contiguous, spread):
         leaves = (q, k, v, arrange(sinks).detach().requires_grad_())
@@ -197,7 +211,7 @@ ALIKE: dict[str, list[dict[str, Any]]] = {
 
 
 # Triton's interpreter remembers nothing.
-@pytest.mark.parametrize(("backend", "device"), [place for place in PLACES if place.id != "triton-interpreted"])
+@pytest.mark.parametrize(("backend", "device"), [place for place in PLACES_16_BIT if place.id != "triton-interpreted"])
 @pytest.mark.parametrize("name", ALIKE)
 def test_calls_that_differ_in_one_fact_are_told_apart(backend: str, device: str, name: str) -> None:
     """What is remembered of one call must not serve another: equal shapes, strides and features, in either order."""

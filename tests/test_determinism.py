@@ -6,13 +6,15 @@ import dataclasses
 
 import pytest
 import torch
-from places import PLACES
+from places import PLACES_16_BIT
 from torch import Tensor
 
 from flashtile.testing import Case, build, case, evaluate
 
 # Triton's interpreter runs its programs one after another and would repeat anything.
-places = pytest.mark.parametrize(("backend", "device"), [place for place in PLACES if place.id != "triton-interpreted"])
+places = pytest.mark.parametrize(
+    ("backend", "device"), [place for place in PLACES_16_BIT if place.id != "triton-interpreted"]
+)
 
 CHOSEN = ("gqa-causal-odd", "bias-heads", "sinks-window-gqa", "varlen-cross", "dropout-causal-gqa", "everything")
 

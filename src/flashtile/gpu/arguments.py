@@ -153,3 +153,13 @@ def features(problem: Problem) -> dict[str, Any]:
         "BIAS": problem.bias or "none",
         "DROPOUT": problem.dropout_p > 0,
     }
+
+
+def in_order(call: Call) -> Call:
+    """The call with slopes, sinks and cu_seqlens as kernels read them: one number behind the other in memory."""
+    strided = {
+        name: tensor.contiguous()
+        for name in ("alibi_slopes", "sinks", "cu_seqlens_q", "cu_seqlens_k")
+        if (tensor := getattr(call, name)) is not None and not tensor.is_contiguous()
+    }
+    return call._replace(**strided) if strided else call

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from flashtile.backends.hopper import configs
-from flashtile.gpu import mailbox
+from flashtile.gpu import arguments, mailbox
 from flashtile.problem import Call, Problem
 
-__all__ = ["backward", "forward", "supports"]
+__all__ = ["backward", "forward", "supports", "supports_backward"]
 
 
 def supports(problem: Problem) -> str | None:
@@ -30,6 +30,13 @@ def supports(problem: Problem) -> str | None:
     return None
 
 
+def supports_backward(problem: Problem) -> str | None:
+    """The same for the backward."""
+    if max(problem.qk_dim, problem.v_dim) > 128:
+        return "its backward holds dk and dv in registers, which is possible up to head dim 128"
+    return supports(problem)
+
+
 def forward(problem: Problem, call: Call, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(out, lse); see docs/design.md, the backend contract.
 
@@ -38,7 +45,7 @@ def forward(problem: Problem, call: Call, out: Tensor | None = None) -> tuple[Te
     from flashtile.backends.hopper.forward_pass import forward as run
 
     mailbox.raise_if_set(call.q.device.index)
-    return run(problem, call, out)
+    return run(problem, arguments.in_order(call), out)
 
 
 def backward(
@@ -54,4 +61,4 @@ def backward(
     """Writes grads = (dq, dk, dv) and returns (dbias, dsinks); see docs/design.md, the backend contract."""
     from flashtile.backends.hopper.backward_pass import backward as run
 
-    return run(problem, call, out, lse, dout, dlse, grads, bias_grad)
+    return run(problem, arguments.in_order(call), out, lse, dout, dlse, grads, bias_grad)

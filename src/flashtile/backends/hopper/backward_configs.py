@@ -7,26 +7,36 @@ from typing import NamedTuple
 
 from flashtile.problem import Problem
 
+
 @dataclass(frozen=True)
 class Config:
     """Tile sizes and roles of the backward kernel.
 
-    block_m: query rows of a step. stages: slots of the ring of query and dO tiles. slots: of the shared memory through
-    which dQ leaves. registers: of a thread of the two consumers, of the warp group that makes dQ and of the warp that
-    loads; warp groups of four warps share 512, and the loading warp counts as one.
+    block_m: query rows of a step. groups: consumer warp groups of 64 keys. stages: slots of the ring of query and dO
+    tiles. slots: of the shared memory through which dQ leaves. registers: of a thread of a consumer, of the warp group
+    that makes dQ and of the warp that loads; warp groups of four warps share 512, and the loading warp counts as one.
+    With three groups there is none left: the one that makes dQ loads, too.
     """
 
     block_m: int
+    groups: int
     stages: int
     slots: int
     registers: tuple[int, int, int]
 
     def __post_init__(self) -> None:
+        if self.groups not in (2, 3):
+            raise ValueError(f"groups: got {self.groups}, expected 2 or 3")
         if self.block_m not in (64, 128):
             raise ValueError(f"block_m: got {self.block_m}, expected 64 or 128")
         consume, reduce, load = self.registers
-        if 2 * consume + reduce + load > 512:
-            raise ValueError(f"registers: got {self.registers}, expected at most 512 in all")
+        if self.groups * consume + reduce + load > 512:
+            raise ValueError(f"registers: got {self.registers} with {self.groups} groups, expected at most 512 in all")
+
+    @property
+    def block_n(self) -> int:
+        """Keys of a program."""
+        return 64 * self.groups
 
 
 class Row(NamedTuple):
@@ -37,8 +47,8 @@ class Row(NamedTuple):
 
 
 BACKWARD = (
-    Row(64, Config(128, 3, 1, (208, 72, 24))),
-    Row(128, Config(64, 3, 2, (208, 72, 24))),
+    Row(64, Config(64, 3, 4, 2, (144, 80, 0))),
+    Row(128, Config(64, 2, 3, 2, (208, 72, 24))),
 )
 
 

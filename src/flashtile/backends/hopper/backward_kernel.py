@@ -20,50 +20,104 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from flashtile.backends.hopper.backward_step import BiasGradient, keys_of, walk
-from flashtile.backends.hopper.backward_work import BLOCK_N, CONSUMERS, KEYS, Mask, Pipes, Scoring, place_of
+from flashtile.backends.hopper.backward_work import KEYS, Mask, Pipes, Scoring, place_of
+from flashtile.backends.hopper.descriptors import RAGGED as PAST_ENDS
 from flashtile.backends.hopper.descriptors import load_rows, store_rows, swizzled
-from flashtile.backends.hopper.dialect import aggregate, barrier, load, reduce_add, reinterpret
+from flashtile.backends.hopper.dialect import aggregate, barrier, load, reduce_add, reinterpret, store
 from flashtile.backends.hopper.rings import Ring, barriers
 from flashtile.backends.hopper.tiles import accumulator
 from flashtile.gpu.arguments import RUNTIME
 from flashtile.gpu.sequences import place as program_place
 
-RUNTIME = [*RUNTIME, "stride_bb", "stride_bh", "stride_bm", "stride_gb", "stride_gh"]
+RUNTIME = [*RUNTIME, "stride_bb", "stride_bh", "stride_bm", "stride_gb", "stride_gh", "blocks"]
+
+
+@aggregate
+class Sources:
+    """What is loaded: query tiles with their rows of lse and delta and tiles of dO for each step, keys and values once.
+
+    first, last: the query tiles that the program walks through for each grouped head.
+    """
+
+    q: tma.tensor_descriptor
+    k: tma.tensor_descriptor
+    v: tma.tensor_descriptor
+    do: tma.tensor_descriptor
+    rows: tma.tensor_descriptor
+    first: gl.tensor
+    last: gl.tensor
+
+    @gluon.jit
+    def steps(self, place):
+        return (self.last - self.first) * place.group
+
+    @gluon.jit
+    def load_step(self, pipes, place, n):
+        """Starts the copies for step n, once its slot is empty."""
+        BLOCK_M: gl.constexpr = pipes.BLOCK_M
+        g = 0
+        if pipes.GROUPED:
+            g = n // (self.last - self.first)
+        i = self.first + n - g * (self.last - self.first)
+        h = place.head(g)
+        row = i * BLOCK_M
+        full = pipes.queries.claim(n, self.q.block_type.nbytes + self.rows.block_type.nbytes)
+        slot = pipes.queries.slot(n)
+        load_rows(self.q, full, slot, place.b, h, place.q_start, place.q_len, row, place.VARLEN)
+        pair = pipes.rows.index(n % pipes.queries.STAGES)
+        load(self.rows, [0, (place.block(g) + i) * BLOCK_M], full, pair)
+        full = pipes.douts.full.index(n % pipes.douts.STAGES)
+        mbarrier.expect(full, self.do.block_type.nbytes)
+        slot = pipes.douts.slot(n)
+        load_rows(self.do, full, slot, place.b, h, place.q_start, place.q_len, row, place.VARLEN)
+
+    @gluon.jit
+    def load_first(self, pipes, place):
+        """Starts the copies for the first step, and of keys and values."""
+        if self.last > self.first:
+            _load_keys(self.k, pipes.loaded.index(0), pipes.keys, place)
+            self.load_step(pipes, place, 0)
+            _load_keys(self.v, pipes.loaded.index(1), pipes.values, place)
+        else:  # keys that nobody sees
+            mbarrier.arrive(pipes.loaded.index(0), count=1)
+            mbarrier.arrive(pipes.loaded.index(1), count=1)
 
 
 @gluon.jit
 def _load_keys(desc, full, tiles, place):
     """Starts the copy of the program's keys (or values), one tile for each consumer."""
-    mbarrier.expect(full, CONSUMERS * desc.block_type.nbytes)
-    for w in gl.static_range(CONSUMERS):
+    GROUPS: gl.constexpr = place.BLOCK_N // KEYS
+    mbarrier.expect(full, GROUPS * desc.block_type.nbytes)
+    for w in gl.static_range(GROUPS):
         key = place.first_key + KEYS * w
         load_rows(desc, full, tiles.index(w), place.b, place.kv_h, place.k_start, place.k_len, key, place.VARLEN)
 
 
 @gluon.jit
-def _load(q_desc, k_desc, v_desc, do_desc, rows_desc, pipes, place, first, last):
-    """Loads the tiles of K and V, then query tiles first to last of every grouped head with dO, lse and delta."""
-    BLOCK_M: gl.constexpr = pipes.BLOCK_M
-    _load_keys(k_desc, pipes.loaded.index(0), pipes.keys, place)
-    n = 0
-    for g in range(place.group if pipes.GROUPED else 1):
-        h = place.head(g)
-        block = place.block(g)
-        for i in range(first, last):
-            row = i * BLOCK_M
-            full = pipes.queries.claim(n, q_desc.block_type.nbytes + rows_desc.block_type.nbytes)
-            load_rows(
-                q_desc, full, pipes.queries.slot(n), place.b, h, place.q_start, place.q_len, row, place.VARLEN
-            )
-            pair = pipes.rows.index(n % pipes.queries.STAGES * 2)
-            pair = reinterpret(pair, gl.float32, [2, BLOCK_M], rows_desc.layout)
-            load(rows_desc, [0, (block + i) * BLOCK_M], full, pair)
-            if n == 0:
-                _load_keys(v_desc, pipes.loaded.index(1), pipes.values, place)
-            full = pipes.douts.full.index(n % pipes.douts.STAGES)
-            mbarrier.expect(full, do_desc.block_type.nbytes)
-            load_rows(do_desc, full, pipes.douts.slot(n), place.b, h, place.q_start, place.q_len, row, place.VARLEN)
-            n += 1
+def _load(sources, pipes, place):
+    """Loads whatever the others need."""
+    sources.load_first(pipes, place)
+    for n in range(1, sources.steps(place)):
+        sources.load_step(pipes, place, n)
+
+
+@gluon.jit
+def store_columns(desc, tile, b, h, start, length, row, column, VARLEN: gl.constexpr):
+    """`store_rows` from a column on."""
+    box = reinterpret(tile, desc.dtype, desc.block_type.shape, desc.layout)
+    if VARLEN:
+        store(desc, [PAST_ENDS, start + length, PAST_ENDS - length + row, h, column], box)
+    else:
+        store(desc, [b, row, h, column], box)
+
+
+@gluon.jit
+def _await_memory():
+    """Waits until everything that this warp group stored or added by TMA is in memory; tma.store_wait does not."""
+    gl.inline_asm_elementwise(
+        "cp.async.bulk.wait_group 0; mov.b32 $0, 0;", "=r,r", [0], dtype=gl.int32, is_pure=False, pack=1
+    )
+    barrier()
 
 
 @aggregate
@@ -87,24 +141,109 @@ class Turns:
 
     @gluon.jit
     def pass_on(self, block):
-        """Lets the next tile add to a block, once everything that was added here has reached memory."""
+        """Lets the next tile add to a block, what was added here being in memory."""
         if self.ORDERED:
-            # Not tma.store_wait, which waits until shared memory has been read only.
-            gl.inline_asm_elementwise(
-                "cp.async.bulk.wait_group 0; mov.b32 $0, $1;", "=r,r", [block], dtype=gl.int32, is_pure=False, pack=1
-            )
-            barrier()
             gl.atomic_add(self.counters + block, 1, sem="release")
 
 
+@gluon.constexpr_function
+def _columns(D):
+    """Columns of the [64, C] parts in which dQ is made."""
+    return min(D, 64)
+
+
 @gluon.jit
-def _add(dq_desc, block, n, pipes, FROM: gl.constexpr, TO: gl.constexpr):
+def _in_order(x):
+    """A [64, C] accumulator as one line in the order of its registers: four values of each thread, thread by thread."""
+    C: gl.constexpr = x.shape[1]
+    return x.reshape([4, 2, 8, C // 8, 4, 2]).permute([3, 0, 2, 4, 1, 5]).reshape([64 * C])
+
+
+@gluon.jit
+def _from_order(x, C: gl.constexpr):
+    """What `_in_order` makes a line of."""
+    x = x.reshape([C // 8, 4, 8, 4, 2, 2]).permute([1, 4, 2, 0, 3, 5]).reshape([64, C])
+    return gl.convert_layout(x, accumulator(C))
+
+
+@aggregate
+class Finish:
+    """Turns dQ's accumulator into dQ: the last tile of keys to be done with a chunk of rows does it, out of the cache.
+
+    counters: for the first block of each chunk, how many of the head's tiles are done with it; tiles: how many there
+    are. CHUNK: blocks of BLOCK_M rows.
+    """
+
+    counters: gl.tensor
+    accumulated: gl.tensor
+    dq: tma.tensor_descriptor
+    scale: gl.tensor
+    tiles: gl.tensor
+    CHUNK: gl.constexpr
+
+    @gluon.jit
+    def leave(self, base, g, i, pipes, place):
+        """To be called after step i of a head, of which everything has been added: ends the chunk that i is the last of
+        for this tile.
+        """
+        chunk = i // self.CHUNK * self.CHUNK
+        before = gl.atomic_add(self.counters + base + chunk, 1, sem="acq_rel")
+        if before == self.tiles - 1:
+            self.convert(base, g, chunk, pipes, place)
+
+    @gluon.jit
+    def leave_rest(self, base, g, first, last, pipes, place):
+        """Counts this tile for the chunks that it did not walk through."""
+        chunks = gl.cdiv(gl.cdiv(place.q_len, pipes.BLOCK_M), self.CHUNK)
+        begin = first // self.CHUNK
+        end = gl.where(last > first, gl.cdiv(last, self.CHUNK), begin)
+        for some in range(0, chunks, 128):
+            chunk = some + gl.arange(0, 128, layout=gl.BlockedLayout([1], [32], [4], [0]))
+            missed = (chunk < chunks) & ((chunk < begin) | (chunk >= end))
+            pointers = self.counters + base + chunk * self.CHUNK
+            before = gl.atomic_add(pointers, chunk * 0 + 1, mask=missed, sem="acq_rel")
+            due = gl.where(missed & (before == self.tiles - 1), chunk, -1)
+            found = gl.max(due, 0)
+            while found >= 0:
+                self.convert(base, g, found * self.CHUNK, pipes, place)
+                due = gl.where(due == found, -1, due)
+                found = gl.max(due, 0)
+
+    @gluon.jit
+    def convert(self, base, g, chunk, pipes, place):
+        """The rows of a chunk from the accumulator to dQ."""
+        C: gl.constexpr = _columns(pipes.D)
+        COLUMNS: gl.constexpr = pipes.D // C
+        h = place.head(g)
+        order = _in_order(gl.zeros([64, C], gl.float32, accumulator(C)))
+        at = gl.arange(0, 64 * C, layout=order.type.layout)
+        end = gl.minimum(chunk + self.CHUNK, gl.cdiv(place.q_len, pipes.BLOCK_M))
+        parts = pipes.BLOCK_M // 64 * COLUMNS
+        for number in range(chunk * parts, end * parts):
+            source = self.accumulated + (base * parts + number).to(gl.int64) * (64 * C)
+            x = gl.load(source + at, cache_modifier=".cg")
+            x = (_from_order(x, C) * self.scale).to(pipes.keys.dtype)
+            slot = pipes.exits.index(number % pipes.SLOTS)
+            slot = reinterpret(slot, pipes.keys.dtype, [64, C], swizzled(2, C))
+            tma.store_wait(pipes.SLOTS - 1)
+            barrier()
+            slot.store(x)
+            fence_async_shared()
+            barrier()
+            row = number // COLUMNS * 64
+            column = number % COLUMNS * C
+            store_columns(self.dq, slot, place.b, h, place.q_start, place.q_len, row, column, place.VARLEN)
+        tma.store_wait(0)
+
+
+@gluon.jit
+def _add(sum_desc, block, n, pipes, FROM: gl.constexpr, TO: gl.constexpr):
     """dQ of step n, made from the dS of consumers FROM to TO, starts on its way to block `block` of the accumulator.
 
     A [64, C] part of dQ lies there in the order of the accumulator's registers, so that its way through shared memory
     is 16 bytes wide and free of bank conflicts.
     """
-    C: gl.constexpr = min(pipes.D, 64)
+    C: gl.constexpr = _columns(pipes.D)
     COLUMNS: gl.constexpr = pipes.D // C
     PARTS: gl.constexpr = pipes.BLOCK_M // 64 * COLUMNS
     pipes.scores.await_full(n)
@@ -120,52 +259,63 @@ def _add(dq_desc, block, n, pipes, FROM: gl.constexpr, TO: gl.constexpr):
             pipes.scores.release(n)
         else:
             barrier()
-        slot = pipes.exits.index(part % pipes.SLOTS)
-        slot.store(dq.reshape([4, 2, 8, C // 8, 4, 2]).permute([3, 0, 2, 4, 1, 5]).reshape([C // 4, 256]))
+        slot = pipes.exits.index((n * PARTS + part) % pipes.SLOTS)
+        slot.store(_in_order(dq).reshape([C // 4, 256]))
         fence_async_shared()
         barrier()
-        reduce_add(dq_desc, [(block * PARTS + part) * (C // 4), 0], slot)
+        reduce_add(sum_desc, [(block * PARTS + part) * (C // 4), 0], slot)
 
 
 @gluon.jit
-def _add_steps(
-    dq_desc, n, begin, end, base, furthest, tiles, turns, pipes, place, mask, FROM: gl.constexpr, TO: gl.constexpr
-):
-    """Steps begin to end of one head. furthest: the last tile of keys that step `begin` - 1 sees, or this one."""
-    for i in range(begin, end):
-        if turns.ORDERED:
-            if i > begin or n > 0:
-                turns.pass_on(base + i - 1)
-            while (furthest + 1 < tiles) & (mask.first_tile((furthest + 1) * BLOCK_N, place) <= i):
-                furthest += 1
-            turns.await_turn(base + i, furthest - place.tile)
-        _add(dq_desc, base + i, n, pipes, FROM, TO)
-        n += 1
-    return n, furthest
+def _add_seen(sum_desc, block, n, i, pipes, mask, spans):
+    """`_add` of step n, query tile i, from the consumers that walk through it."""
+    GROUPS: gl.constexpr = pipes.GROUPS
+    if mask.KIND == "none" and not mask.RAGGED:
+        _add(sum_desc, block, n, pipes, 0, GROUPS)
+    elif i < spans[1][0]:
+        _add(sum_desc, block, n, pipes, 0, 1)
+    elif GROUPS == 3 and i < spans[GROUPS - 1][0]:
+        _add(sum_desc, block, n, pipes, 0, 2)
+    elif not mask.LEFT or i < spans[0][3]:
+        _add(sum_desc, block, n, pipes, 0, GROUPS)
+    elif GROUPS == 2 or i < spans[1][3]:
+        _add(sum_desc, block, n, pipes, 1, GROUPS)
+    else:
+        _add(sum_desc, block, n, pipes, 2, GROUPS)
 
 
 @gluon.jit
-def _reduce(dq_desc, turns, pipes, place, mask, spans):
-    """Makes dQ of each step from the dS of the consumers whose keys its rows see, and adds it up in memory."""
-    first, stop_0 = spans[0][0], spans[0][3]
-    start_1, last = spans[1][0], spans[1][3]
-    tiles = gl.cdiv(place.k_len, BLOCK_N)
+def _reduce(sum_desc, turns, finish, sources, pipes, place, mask, spans, LOADS: gl.constexpr):
+    """Makes dQ of each step from the dS of the consumers whose keys its rows see, and adds it up in memory.
+
+    LOADS: it also loads what the others need, some steps ahead.
+    """
+    if LOADS:
+        sources.load_first(pipes, place)
+        for n in range(1, gl.minimum(sources.steps(place), pipes.queries.STAGES)):
+            sources.load_step(pipes, place, n)
     mbarrier.wait(pipes.loaded.index(0), 0)
     n = 0
     for g in range(place.group if pipes.GROUPED else 1):
         base = place.block(g)
-        furthest = place.tile
-        if mask.KIND != "none" or mask.RAGGED:
-            n, furthest = _add_steps(
-                dq_desc, n, first, start_1, base, furthest, tiles, turns, pipes, place, mask, 0, 1
-            )
-        n, furthest = _add_steps(dq_desc, n, start_1, stop_0, base, furthest, tiles, turns, pipes, place, mask, 0, 2)
-        if mask.LEFT:
-            n, furthest = _add_steps(
-                dq_desc, n, stop_0, last, base, furthest, tiles, turns, pipes, place, mask, 1, 2
-            )
-        if last > first:
-            turns.pass_on(base + last - 1)
+        furthest = place.tile  # the last tile of keys that query tile i sees
+        for i in range(sources.first, sources.last):
+            if turns.ORDERED:
+                furthest = mask.furthest_tile(furthest, i, place)
+                turns.await_turn(base + i, furthest - place.tile)
+            _add_seen(sum_desc, base + i, n, i, pipes, mask, spans)
+            if LOADS:
+                if n + pipes.queries.STAGES < sources.steps(place):
+                    sources.load_step(pipes, place, n + pipes.queries.STAGES)
+            n += 1
+            ends = ((i + 1) % finish.CHUNK == 0) | (i + 1 == sources.last)
+            if turns.ORDERED or ends:
+                _await_memory()
+            turns.pass_on(base + i)
+            if ends:
+                finish.leave(base, g, i, pipes, place)
+        if mask.KIND != "none":
+            finish.leave_rest(base, g, sources.first, sources.last, pipes, place)
     mbarrier.arrive(pipes.done.index(0), count=1)
     tma.store_wait(0)
 
@@ -178,7 +328,7 @@ def _consume(dk_desc, dv_desc, pipes, place, mask, scoring, dbias, spans, WG: gl
     dv = gl.zeros([KEYS, pipes.DV], gl.float32, accumulator(pipes.DV))
     mbarrier.wait(pipes.loaded.index(0), 0)
     mbarrier.wait(pipes.loaded.index(1), 0)
-    first, last = spans[0][0], spans[1][3]
+    first, last = spans[0][0], spans[pipes.GROUPS - 1][3]
     n = 0
     for g in range(place.group if pipes.GROUPED else 1):
         keys = keys_of(place, mask, scoring, g, WG)
@@ -205,15 +355,15 @@ def _consume(dk_desc, dv_desc, pipes, place, mask, scoring, dbias, spans, WG: gl
 
 @gluon.jit(do_not_specialize=RUNTIME)
 def backward_kernel(
-    q_desc, k_desc, v_desc, do_desc, rows_desc, dq_desc, dk_desc, dv_desc, first_rows, end_rows, dbias, counters, bias,
-    slopes, sinks, cu_q, cu_k, lo, hi, rng, mailbox, stride_bb, stride_bh, stride_bm, stride_gb, stride_gh, stride_sb,
-    stride_tb, batch, heads, group, max_q, max_k, total_q, total_k, padded, tiles, programs, section, left, right,
-    scale, softcap, threshold, keep_scale, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr,
-    CONSUME_REGISTERS: gl.constexpr, REDUCE_REGISTERS: gl.constexpr, LOAD_REGISTERS: gl.constexpr,
-    GROUPED: gl.constexpr, VARLEN: gl.constexpr, KIND: gl.constexpr, LEFT: gl.constexpr, RAGGED: gl.constexpr,
-    SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, BIAS: gl.constexpr, BIAS_ALIGN: gl.constexpr,
+    q_desc, k_desc, v_desc, do_desc, rows_desc, sum_desc, dq_desc, dk_desc, dv_desc, first_rows, end_rows, dbias,
+    accumulated, counters, bias, slopes, sinks, cu_q, cu_k, lo, hi, rng, mailbox, stride_bb, stride_bh, stride_bm,
+    stride_gb, stride_gh, stride_sb, stride_tb, batch, heads, group, max_q, max_k, total_q, total_k, padded, blocks,
+    tiles, programs, section, left, right, scale, softcap, threshold, keep_scale, BLOCK_M: gl.constexpr,
+    GROUPS: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr, CONSUME_REGISTERS: gl.constexpr,
+    LOAD_REGISTERS: gl.constexpr, GROUPED: gl.constexpr, VARLEN: gl.constexpr, KIND: gl.constexpr, LEFT: gl.constexpr,
+    RAGGED: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, BIAS: gl.constexpr, BIAS_ALIGN: gl.constexpr,
     BIAS_STEP: gl.constexpr, DROPOUT: gl.constexpr, ORDERED: gl.constexpr, DBIAS: gl.constexpr,
-    DETERMINISTIC: gl.constexpr,
+    DETERMINISTIC: gl.constexpr, CHUNK: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
     D: gl.constexpr = k_desc.block_type.shape[-1]
@@ -222,8 +372,9 @@ def backward_kernel(
     if DETERMINISTIC:
         tile = tiles - 1 - tile
     place = place_of(
-        tile, bh, cu_q, cu_k, mailbox, heads, group, max_q, max_k, total_q, total_k, padded, VARLEN, BLOCK_M
-    )
+        tile, bh, cu_q, cu_k, mailbox, heads, group, max_q, max_k, total_q, total_k, padded, VARLEN, BLOCK_M,
+        GROUPS * KEYS,
+    )  # fmt: skip
     if place.first_key >= place.k_len:
         return
     table = place.b.to(gl.int64) * stride_tb
@@ -233,31 +384,47 @@ def backward_kernel(
         ALIBI, BIAS, BIAS_ALIGN, BIAS_STEP, DROPOUT, ORDERED,
     )  # fmt: skip
     bias_gradient = BiasGradient(dbias, stride_gb, stride_gh, max_k, DBIAS)
-    spans = mask.walks(place)
+    spans = mask.walks(place, GROUPS)
 
-    keys = gl.allocate_shared_memory(dtype, [CONSUMERS, KEYS, D], swizzled(2, D))
-    values = gl.allocate_shared_memory(dtype, [CONSUMERS, KEYS, DV], swizzled(2, DV))
+    keys = gl.allocate_shared_memory(dtype, [GROUPS, KEYS, D], swizzled(2, D))
+    values = gl.allocate_shared_memory(dtype, [GROUPS, KEYS, DV], swizzled(2, DV))
     q_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, D], swizzled(2, D))
     do_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, DV], swizzled(2, DV))
-    ds_tiles = gl.allocate_shared_memory(dtype, [2 * CONSUMERS, KEYS, BLOCK_M], swizzled(2, BLOCK_M))
-    rows = gl.allocate_shared_memory(gl.float32, [2 * STAGES, 1, BLOCK_M], rows_desc.layout)
-    exits = gl.allocate_shared_memory(gl.float32, [SLOTS, min(D, 64) // 4, 256], dq_desc.layout)
-    empty = barriers(STAGES, CONSUMERS)
+    ds_tiles = gl.allocate_shared_memory(dtype, [2 * GROUPS, KEYS, BLOCK_M], swizzled(2, BLOCK_M))
+    rows = gl.allocate_shared_memory(gl.float32, [STAGES, 2, BLOCK_M], rows_desc.layout)
+    exits = gl.allocate_shared_memory(gl.float32, [SLOTS, _columns(D) // 4, 256], sum_desc.layout)
+    empty = barriers(STAGES, GROUPS)
     pipes = Pipes(
         keys, values, barriers(2, 1), barriers(1, 1), Ring(q_tiles, barriers(STAGES, 1), empty, STAGES), rows,
-        Ring(do_tiles, barriers(STAGES, 1), empty, STAGES), Ring(ds_tiles, barriers(2, CONSUMERS), barriers(2, 1), 2),
-        exits, BLOCK_M, D, DV, SLOTS, GROUPED,
+        Ring(do_tiles, barriers(STAGES, 1), empty, STAGES), Ring(ds_tiles, barriers(2, GROUPS), barriers(2, 1), 2),
+        exits, GROUPS, BLOCK_M, D, DV, SLOTS, GROUPED,
     )  # fmt: skip
     turns = Turns(counters, DETERMINISTIC)
+    dq_scale = scale * keep_scale
+    finish = Finish(counters + blocks, accumulated, dq_desc, dq_scale, gl.cdiv(place.k_len, place.BLOCK_N), CHUNK)
     fence_async_shared()
     barrier()
-    gl.warp_specialize(
-        [
-            (_reduce, (dq_desc, turns, pipes, place, mask, spans)),
-            (_consume, (dk_desc, dv_desc, pipes, place, mask, scoring, bias_gradient, spans, 0)),
-            (_consume, (dk_desc, dv_desc, pipes, place, mask, scoring, bias_gradient, spans, 1)),
-            (_load, (q_desc, k_desc, v_desc, do_desc, rows_desc, pipes, place, spans[0][0], spans[1][3])),
-        ],
-        [4, 4, 1],
-        [CONSUME_REGISTERS, CONSUME_REGISTERS, LOAD_REGISTERS],
-    )
+    sources = Sources(q_desc, k_desc, v_desc, do_desc, rows_desc, spans[0][0], spans[GROUPS - 1][3])
+    # Consumers come as workers: in the default partition the compiler keeps more addresses in registers than there are.
+    if GROUPS == 2:
+        gl.warp_specialize(
+            [
+                (_reduce, (sum_desc, turns, finish, sources, pipes, place, mask, spans, False)),
+                (_consume, (dk_desc, dv_desc, pipes, place, mask, scoring, bias_gradient, spans, 0)),
+                (_consume, (dk_desc, dv_desc, pipes, place, mask, scoring, bias_gradient, spans, 1)),
+                (_load, (sources, pipes, place)),
+            ],
+            [4, 4, 1],
+            [CONSUME_REGISTERS, CONSUME_REGISTERS, LOAD_REGISTERS],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_reduce, (sum_desc, turns, finish, sources, pipes, place, mask, spans, True)),
+                (_consume, (dk_desc, dv_desc, pipes, place, mask, scoring, bias_gradient, spans, 0)),
+                (_consume, (dk_desc, dv_desc, pipes, place, mask, scoring, bias_gradient, spans, 1)),
+                (_consume, (dk_desc, dv_desc, pipes, place, mask, scoring, bias_gradient, spans, 2)),
+            ],
+            [4, 4, 4],
+            [CONSUME_REGISTERS, CONSUME_REGISTERS, CONSUME_REGISTERS],
+        )

@@ -7,7 +7,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from flashtile.backends.hopper.backward_work import KEYS
 from flashtile.backends.hopper.dialect import aggregate
 from flashtile.backends.hopper.tiles import accumulator, left_operand, partial_sums
-from flashtile.gpu.philox import keep, random_state
+from flashtile.gpu.philox import random_state, random_words
 from flashtile.gpu.scores import LOG2E, score
 
 MINUS_INFINITY = gl.constexpr(float("-inf"))
@@ -125,29 +125,43 @@ def _load_bias(m, keys, scoring):
 def _kept_bits(m, keys, scoring):
     """[64, 4]: what dropout keeps of a tile, one bit for each value that a thread holds of a row; 0 without dropout.
 
-    Made while S is being multiplied, when registers are free, it keeps the random numbers out of the way later.
+    Made while S is being multiplied, when registers are free. A thread and the one that holds the neighbouring keys,
+    four lanes away, need the same random words, each its own half of them: each makes the words of every other query
+    row, decides for both, and hands over the neighbour's decisions.
     """
     if scoring.DROPOUT:
+        N: gl.constexpr = keys.BLOCK_M
+        odd = keys.lane & 1
+        line = (keys.line() & ~1)[None, :] | odd[:, None]
         state = (keys.seed_low, keys.seed_high, keys.offset)
-        lane = keys.lane
-        kept = keep(m, keys.line()[None, :], keys.first, lane[:, None], keys.bh, state, scoring.threshold)
-        return partial_sums(gl.where(kept, 1 << _places(keys)[None, :], 0))
+        words = random_words(m, line, keys.first, keys.lane[:, None], keys.bh, state)
+        words, _ = words.reshape([KEYS, N // 8, 4, 2]).split()
+        bit = 1 << gl.arange(0, N // 8, layout=gl.SliceLayout(0, gl.SliceLayout(2, words.type.layout)))[None, :, None]
+        least = scoring.threshold.to(gl.uint32) << 16
+        even_keys = gl.sum(gl.where((words << 16) >= least, bit, 0), 1)
+        odd_keys = gl.sum(gl.where(words >= least, bit, 0), 1)
+        odd = gl.convert_layout(odd, gl.SliceLayout(1, even_keys.type.layout))[:, None] != 0
+        own = gl.where(odd, odd_keys, even_keys)
+        handed = _from_neighbour(gl.where(odd, even_keys, odd_keys))
+        return gl.where(odd, handed | (own << 16), own | (handed << 16))
     else:
         return 0
 
 
 @gluon.jit
-def _places(keys):
-    """The bit of each column in `_kept_bits`."""
-    line = keys.line()
-    return ((line >> 3) << 1) | (line & 1)
+def _from_neighbour(x):
+    """The value of the thread four lanes away."""
+    return gl.inline_asm_elementwise(
+        "shfl.sync.bfly.b32 $0, $1, 4, 31, -1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1
+    )
 
 
 @gluon.jit
 def _kept(bits, keys):
     """The bits of `_kept_bits` as booleans, [64, BLOCK_M]."""
     BLOCK_M: gl.constexpr = keys.BLOCK_M
-    places = gl.zeros([KEYS, BLOCK_M], gl.int32, accumulator(BLOCK_M)) + _places(keys)[None, :]
+    line = keys.line()
+    places = gl.zeros([KEYS, BLOCK_M], gl.int32, accumulator(BLOCK_M)) + ((line >> 3) | ((line & 1) << 4))[None, :]
     kept = (bits[:, None, :, None] >> places.reshape([KEYS, BLOCK_M // 8, 4, 2])) & 1
     return gl.convert_layout(kept.reshape([KEYS, BLOCK_M]), accumulator(BLOCK_M)) != 0
 
@@ -165,7 +179,11 @@ def _exponents(s, lse, bias, m, keys, mask, scoring, MASKED: gl.constexpr):
         # Positions count from the tile: what is near stays small, and floats hold it exactly.
         slope = keys.slope * LOG2E
         distance = (m + (keys.k_len - keys.q_len) - keys.first + line).to(gl.float32)
-        x = s * (scoring.scale * LOG2E) + (keys.lane.to(gl.float32) * slope)[:, None] - (lse + (distance * slope)[None, :])
+        x = (
+            s * (scoring.scale * LOG2E)
+            + (keys.lane.to(gl.float32) * slope)[:, None]
+            - (lse + (distance * slope)[None, :])
+        )
     else:
         s, capped = score(
             s, (m + line)[None, :], (keys.first + keys.lane)[:, None], keys.k_len - keys.q_len, scoring.scale,
@@ -194,12 +212,52 @@ def _multiply(a, b):
 
 
 @gluon.jit
-def _score_gradients(p, dp, delta):
-    """dS^T = P^T (dP^T - delta) in 16 bits, before the softcap's derivative."""
+def _score_gradients(p, dp, delta, scoring):
+    """dS^T = P^T (dP^T - delta) in 16 bits, before the softcap's derivative. P is negative where dropout drops it: its
+    size counts, and dP is 0.
+    """
     if p.dtype == gl.bfloat16:
-        return _multiply(p, (dp - delta).to(gl.bfloat16))
+        difference = (dp - delta).to(gl.bfloat16)
+        if scoring.DROPOUT:
+            zero = gl.zeros([KEYS, p.shape[1]], gl.float32, accumulator(p.shape[1]))
+            return _signed_product(p, difference, (zero - delta).to(gl.bfloat16))
+        else:
+            return _multiply(p, difference)
     else:  # dP may be larger than float16 holds where P is small
-        return (p.to(gl.float32) * (dp - delta)).to(p.dtype)
+        wide = p.to(gl.float32)
+        if scoring.DROPOUT:
+            dp = gl.where(wide < 0.0, 0.0, dp)
+        return (gl.abs(wide) * (dp - delta)).to(p.dtype)
+
+
+@gluon.jit
+def _signed_product(p, kept, dropped):
+    """|p| times `kept` where p is positive, times `dropped` where it is negative; bfloat16, two at a time."""
+    return gl.inline_asm_elementwise(
+        """{
+        .reg .b32 negative, factor, size;
+        prmt.b32 negative, $1, 0, 0xBB99;
+        lop3.b32 factor, negative, $3, $2, 0xCA;
+        and.b32 size, $1, 0x7FFF7FFF;
+        mul.rn.bf16x2 $0, size, factor;
+        }""",
+        "=r,r,r,r", [p, kept, dropped], dtype=gl.bfloat16, is_pure=True, pack=2,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _positive(p):
+    """What is positive of 16-bit values, 0 for the rest, two at a time."""
+    if p.dtype == gl.bfloat16:
+        return gl.inline_asm_elementwise(
+            "{.reg .b32 zero; mov.b32 zero, 0; max.bf16x2 $0, $1, zero;}", "=r,r", [p], dtype=gl.bfloat16,
+            is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        return gl.inline_asm_elementwise(
+            "{.reg .b32 zero; mov.b32 zero, 0; max.f16x2 $0, $1, zero;}", "=r,r", [p], dtype=gl.float16,
+            is_pure=True, pack=2,
+        )  # fmt: skip
 
 
 @gluon.jit
@@ -215,19 +273,23 @@ def _step(dk, dv, sums, n, m, pipes, keys, mask, scoring, dbias, WG: gl.constexp
     bits = _kept_bits(m, keys, scoring)
     s = warpgroup_mma_wait(0, deps=(running,))
     x, capped = _exponents(s, pipes.of_rows(n, 0, LAYOUT), bias, m, keys, mask, scoring, MASKED)
-    weights = gl.exp2(x)
-    p = weights.to(k.dtype)
-    dropped = p
+    p = gl.exp2(x)
     if scoring.DROPOUT:
-        dropped = gl.where(_kept(bits, keys), weights, 0.0).to(k.dtype)
+        p = gl.where(_kept(bits, keys), p, -p)
+    p = p.to(k.dtype)
     do = pipes.douts.wait(n)
     running = warpgroup_mma(v, do.permute((1, 0)), zero, use_acc=False, is_async=True)
-    dv_running = warpgroup_mma(gl.convert_layout(dropped, left_operand(pipes.DV)), do, dv, is_async=True)
-    delta = pipes.of_rows(n, 1, LAYOUT)
-    dp = warpgroup_mma_wait(1, deps=(running,))
     if scoring.DROPOUT:
-        dp = gl.where(_kept(bits, keys), dp, 0.0)
-    ds = _score_gradients(p, dp, delta)
+        # dV comes later: its operand, what is kept of P, would take registers beside P.
+        delta = pipes.of_rows(n, 1, LAYOUT)
+        dp = warpgroup_mma_wait(0, deps=(running,))
+        ds = _score_gradients(p, dp, delta, scoring)
+        dv_running = warpgroup_mma(gl.convert_layout(_positive(p), left_operand(pipes.DV)), do, dv, is_async=True)
+    else:
+        dv_running = warpgroup_mma(gl.convert_layout(p, left_operand(pipes.DV)), do, dv, is_async=True)
+        delta = pipes.of_rows(n, 1, LAYOUT)
+        dp = warpgroup_mma_wait(1, deps=(running,))
+        ds = _score_gradients(p, dp, delta, scoring)
     if dbias.KIND == "column":
         sums += partial_sums(ds.to(gl.float32))
     elif dbias.KIND != "none":
@@ -253,7 +315,7 @@ def walk(dk, dv, n, span, first, last, pipes, keys, mask, scoring, dbias, WG: gl
     BLOCK_M: gl.constexpr = pipes.BLOCK_M
     start, full, partial, stop = span
     sums = dbias.no_sums(BLOCK_M)
-    if WG == 1:
+    if WG > 0:
         n = pipes.skip(n, start - first)
     if mask.KIND != "none" or mask.RAGGED:
         for i in range(start, full):
@@ -266,7 +328,7 @@ def walk(dk, dv, n, span, first, last, pipes, keys, mask, scoring, dbias, WG: gl
         for i in range(gl.maximum(partial, start), stop):
             dk, dv, sums = _step(dk, dv, sums, n, i * BLOCK_M, pipes, keys, mask, scoring, dbias, WG, True)
             n += 1
-        if WG == 0:
+        if WG < pipes.GROUPS - 1:
             n = pipes.skip(n, last - stop)
     if dbias.KIND == "column":
         dbias.store_sums(sums, keys, scoring)

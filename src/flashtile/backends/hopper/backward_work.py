@@ -1,17 +1,15 @@
-"""What the roles of the backward kernel share: where the work lies, how scores are made, and what flows between them."""
+"""What the roles of the backward kernel share: where the work lies, how scores are made, what flows between them."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from flashtile.backends.hopper.dialect import aggregate
+from flashtile.backends.hopper.dialect import aggregate, reinterpret
 from flashtile.backends.hopper.rings import Ring
 from flashtile.gpu.intervals import key_interval, split
 from flashtile.gpu.sequences import scratch_row, sequence
 
-CONSUMERS = gl.constexpr(2)
 KEYS = gl.constexpr(64)  # of a consumer
-BLOCK_N = gl.constexpr(128)  # keys of a program
 
 
 @aggregate
@@ -32,6 +30,7 @@ class Place:
     padded: gl.tensor
     VARLEN: gl.constexpr
     BLOCK_M: gl.constexpr
+    BLOCK_N: gl.constexpr
 
     @gluon.jit
     def head(self, g):
@@ -47,7 +46,7 @@ class Place:
 @gluon.jit
 def place_of(
     tile, bh, cu_q, cu_k, mailbox, heads, group, max_q, max_k, total_q, total_k, padded, VARLEN: gl.constexpr,
-    BLOCK_M: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
 ):  # fmt: skip
     """The Place of tile number `tile` of key-value head bh, counted over the batch."""
     kv_heads = heads // group
@@ -57,8 +56,9 @@ def place_of(
     k_start, k_len = sequence(cu_k, b, max_k, total_k, 2, mailbox, VARLEN, False)
     scratch = scratch_row(b, kv_h * group, heads, q_start, padded, VARLEN)
     return Place(
-        tile, b, kv_h, heads, group, tile * BLOCK_N, q_start, q_len, k_start, k_len, scratch, padded, VARLEN, BLOCK_M
-    )
+        tile, b, kv_h, heads, group, tile * BLOCK_N, q_start, q_len, k_start, k_len, scratch, padded, VARLEN, BLOCK_M,
+        BLOCK_N,
+    )  # fmt: skip
 
 
 @aggregate
@@ -82,10 +82,14 @@ class Mask:
         )
 
     @gluon.jit
-    def first_tile(self, key, place):
-        """The first query tile that sees a key."""
-        begin, _ = self.seeing(key, place)
-        return begin // place.BLOCK_M
+    def furthest_tile(self, tile, i, place):
+        """The last tile of keys, not before `tile`, that walks through query tile i."""
+        following = (tile + 1) * place.BLOCK_N
+        begin, _ = self.seeing(following, place)
+        while (following < place.k_len) & (begin // place.BLOCK_M <= i):
+            following += place.BLOCK_N
+            begin, _ = self.seeing(following, place)
+        return following // place.BLOCK_N - 1
 
     @gluon.jit
     def walk(self, first_key, place):
@@ -108,18 +112,27 @@ class Mask:
         return start // BLOCK_M, full, gl.maximum(partial, full), stop
 
     @gluon.jit
-    def walks(self, place):
-        """The walks of both consumers: the first starts first, the second ends last, and together they leave no gap.
-        A second consumer without keys walks from the end to the end.
+    def next_walk(self, first_key, first_stop, last_stop, place):
+        """The walk of a consumer after the first, whose walk ends at first_stop; the one before ends at last_stop.
+
+        Walks start and end one after the other and leave no gap: a consumer starts before the first one ends. One
+        without keys walks through what is left, masked.
         """
-        start, full, partial, stop = self.walk(place.first_key, place)
-        start_1, full_1, partial_1, stop_1 = self.walk(place.first_key + KEYS, place)
-        exists = place.first_key + KEYS < place.k_len
-        stop_1 = gl.where(exists, gl.maximum(stop, stop_1), stop)
-        start_1 = gl.where(exists, gl.minimum(start_1, stop), stop)
-        full_1 = gl.where(exists, full_1, stop)
-        partial_1 = gl.where(exists, partial_1, stop)
-        return (start, full, partial, stop), (start_1, full_1, partial_1, stop_1)
+        start, full, partial, stop = self.walk(first_key, place)
+        exists = first_key < place.k_len
+        start = gl.where(exists, gl.minimum(start, first_stop), first_stop)
+        stop = gl.where(exists, gl.maximum(stop, last_stop), last_stop)
+        return start, gl.where(exists, full, stop), gl.where(exists, partial, stop), stop
+
+    @gluon.jit
+    def walks(self, place, GROUPS: gl.constexpr):
+        """The walks of all consumers."""
+        first = self.walk(place.first_key, place)
+        second = self.next_walk(place.first_key + KEYS, first[3], first[3], place)
+        if GROUPS == 2:
+            return first, second
+        else:
+            return first, second, self.next_walk(place.first_key + 2 * KEYS, first[3], second[3], place)
 
 
 @aggregate
@@ -175,6 +188,7 @@ class Pipes:
     douts: Ring
     scores: Ring
     exits: gl.shared_memory_descriptor
+    GROUPS: gl.constexpr
     BLOCK_M: gl.constexpr
     D: gl.constexpr
     DV: gl.constexpr
@@ -184,12 +198,13 @@ class Pipes:
     @gluon.jit
     def of_rows(self, n, WHICH: gl.constexpr, layout: gl.constexpr):
         """[1, BLOCK_M]: lse (0) or delta (1) of the query rows of step n."""
-        return self.rows.index(n % self.queries.STAGES * 2 + WHICH).load(layout)
+        pair = self.rows.index(n % self.queries.STAGES)
+        return reinterpret(pair, gl.float32, [2, 1, self.BLOCK_M], pair.layout).index(WHICH).load(layout)
 
     @gluon.jit
     def scores_of(self, n, w):
         """The part of dS^T of step n that consumer w makes, [64, BLOCK_M]."""
-        return self.scores.buffers.index(n % self.scores.STAGES * CONSUMERS + w)
+        return self.scores.buffers.index(n % self.scores.STAGES * self.GROUPS + w)
 
     @gluon.jit
     def await_scores_read(self, n):

@@ -17,7 +17,10 @@ from flashtile.backends.hopper import (
     descriptors,
     forward_pass,
     launch,
+    supports_backward,
 )
+from flashtile.backends.hopper.backward_kernel import backward_kernel
+from flashtile.backends.hopper.forward_kernel import forward_kernel
 from flashtile.gpu import arguments, bias_gradient, binary
 from flashtile.problem import Call, Problem
 
@@ -37,7 +40,7 @@ def resources(problem: Problem, target_name: str = "sm_90") -> dict[str, binary.
 
 
 def kernels(problem: Problem) -> list[str]:
-    return ["forward", "prologue", "backward", "epilogue"]
+    return ["forward"] if supports_backward(problem) else ["forward", "prologue", "backward", "epilogue"]
 
 
 def compiled(name: str, problem: Problem, target_name: str = "sm_90") -> Any:
@@ -59,13 +62,14 @@ def _launch(name: str, problem: Problem) -> _Launch:
     if name == "forward":
         boxed: tuple[Tensor, ...] = (q, k, v, out)
         plan = forward_pass.prepare(problem, call, boxed, ())
-        return _Launch(forward_pass.forward_kernel, boxed, (out, lse, *extras), plan)
+        return _Launch(forward_kernel, boxed, (out, lse, *extras), plan)
     kind = bias_gradient.kind(problem) if problem.bias == "additive" else "none"
     rows = lse.new_empty(2, arguments.scratch_rows(problem))
     accumulated = lse.new_empty(rows.shape[1] * descriptors.width(problem.qk_dim) // 256, 256)
     dbias = _bias_memory(problem, call, kind, rows)
+    counters = lse.new_empty(rows.shape[1] // 64, dtype=torch.int32)
     if name == "prologue":
-        tensors: tuple[Tensor, ...] = (out, out, lse, lse, rows, accumulated, dbias, rows)
+        tensors: tuple[Tensor, ...] = (out, out, lse, lse, rows, accumulated, counters, dbias, rows)
         plan = backward_prologue.prepare(problem, call, (), (kind, False), tensors)
         return _Launch(backward_prologue.prologue_kernel, (), (*tensors, *extras), plan)
     if name == "epilogue":
@@ -76,7 +80,7 @@ def _launch(name: str, problem: Problem) -> _Launch:
     table = q if call.lo is None else call.lo.new_empty(call.lo.shape[0], problem.k_len)
     variant = (kind, table.stride(0) if problem.table and table.shape[0] > 1 else 0)
     plan = backward_pass.prepare(problem, call, boxed, variant)
-    return _Launch(backward_pass.backward_kernel, boxed, (table, table, dbias, *extras), plan)
+    return _Launch(backward_kernel, boxed, (table, table, dbias, counters, *extras), plan)
 
 
 def _bias_memory(problem: Problem, call: Call, kind: str, absent: Tensor) -> Tensor:

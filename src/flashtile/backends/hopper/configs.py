@@ -58,8 +58,12 @@ def _left(problem: Problem) -> bool:
     return problem.table or problem.window_left is not None
 
 
+def _packed_left(problem: Problem) -> bool:
+    return problem.varlen and _left(problem)
+
+
 def _light(problem: Problem) -> bool:
-    return problem.dropout_p == 0 and not (problem.varlen and _left(problem))
+    return problem.dropout_p == 0 and not _packed_left(problem)
 
 
 def _light_without_left(problem: Problem) -> bool:
@@ -82,6 +86,7 @@ FORWARD = (
     Row(64, 9, Config(2, 64, 3, _TWO, query_stages=2, overlap=True)),  # 128 keys spill
     # window of 1024: 443, without overlap 418
     Row(128, 0, Config(2, 128, 2, _TWO, query_stages=2, overlap=True), _dense_window),
+    Row(128, 0, Config(2, 64, 3, _TWO, query_stages=2, overlap=True), _packed_left),  # 128 keys spill
     Row(128, 0, Config(2, 128, 2, _TWO, query_stages=2)),  # full 653 at 16384, overlap 624, turns 637
     Row(128, 1, Config(2, 64, 3, _TWO, query_stages=2, overlap=True), _dropout),  # 382; 128 keys, 388, spill
     Row(128, 1, Config(2, 128, 2, _TWO, query_stages=2, overlap=True)),  # softcap 500, ALiBi 537

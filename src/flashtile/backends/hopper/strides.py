@@ -8,14 +8,17 @@ from flashtile.gpu import arguments
 from flashtile.problem import Problem
 
 
-def aligned_strides(problem: Problem, tensors: dict[str, Tensor]) -> tuple[dict[str, int], int]:
+def aligned_strides(
+    problem: Problem, tensors: dict[str, Tensor], align: int | None = None
+) -> tuple[dict[str, int], int]:
     """Strides by name (stride_ob and so on) of tensors (batch, rows, heads, dim), and the ALIGN that divides all but
-    the innermost; packed sequences have no batch stride.
+    the innermost, 16 bytes where all strides allow it; packed sequences have no batch stride.
 
     Multiplied again in the kernel, they tell the compiler that 16-byte loads are right.
     """
     steps = {name: (0, *t.stride()) if problem.varlen else t.stride() for name, t in tensors.items()}
-    align = arguments.alignment(problem.dtype, steps.values(), 1)
+    if align is None:
+        align = arguments.alignment(problem.dtype, steps.values(), 1)
     values = {}
     for name, (b, m, h, d) in steps.items():
         parts = (b // align, m // align, h // align, d)

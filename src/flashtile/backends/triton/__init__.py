@@ -11,7 +11,7 @@ import os
 import torch
 from torch import Tensor
 
-from flashtile.gpu import mailbox
+from flashtile.gpu import arguments, mailbox
 from flashtile.problem import Call, Problem
 
 __all__ = ["backward", "forward", "supports"]
@@ -42,7 +42,7 @@ def forward(problem: Problem, call: Call, out: Tensor | None = None) -> tuple[Te
     from flashtile.backends.triton.forward_pass import forward as run
 
     mailbox.raise_if_set(call.q.device.index)
-    return run(problem, _in_order(call), out)
+    return run(problem, arguments.in_order(call), out)
 
 
 def backward(
@@ -58,14 +58,4 @@ def backward(
     """Writes grads = (dq, dk, dv) and returns (dbias, dsinks); see docs/design.md, the backend contract."""
     from flashtile.backends.triton.backward_pass import backward as run
 
-    return run(problem, _in_order(call), out, lse, dout, dlse, grads, bias_grad)
-
-
-def _in_order(call: Call) -> Call:
-    """The call with slopes, sinks and cu_seqlens as kernels read them: one number behind the other in memory."""
-    strided = {
-        name: tensor.contiguous()
-        for name in ("alibi_slopes", "sinks", "cu_seqlens_q", "cu_seqlens_k")
-        if (tensor := getattr(call, name)) is not None and not tensor.is_contiguous()
-    }
-    return call._replace(**strided) if strided else call
+    return run(problem, arguments.in_order(call), out, lse, dout, dlse, grads, bias_grad)

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from flashtile.backends.triton import bias_gradient, key_pass, launch, query_pass
 from flashtile.gpu import arguments
+from flashtile.gpu.bias_gradient import allocate
+from flashtile.gpu.bias_gradient import kind as kind_of
 from flashtile.masks import rows_seeing
 from flashtile.problem import Call, Problem
 
@@ -30,8 +32,8 @@ def backward(
     dq, dk, dv = grads
     if dout.stride(-1) != 1:
         dout = dout.contiguous()  # a broadcast gradient, such as that of out.sum(), has no rows to load
-    kind = bias_gradient.kind(problem) if bias_grad else "none"
-    partial = bias_gradient.allocate(problem, call, kind)
+    kind = kind_of(problem) if bias_grad else "none"
+    partial = allocate(problem, call, kind)
     dbias_or_q = q if partial is None else partial
     rows = torch.empty(2, arguments.scratch_rows(problem), dtype=torch.float32, device=q.device)
     sink_sums = _sink_sums(problem, q) if problem.sinks else rows

@@ -9,7 +9,6 @@ How it is made depends on the bias alone (`kind`):
               in registers, so that neither a copy per head nor an atomic is needed
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -17,7 +16,7 @@ from torch import Tensor
 from flashtile.backends.triton import configs, launch
 from flashtile.backends.triton.tiles import dot, load_bias, load_tile, offsets, span
 from flashtile.gpu import arguments
-from flashtile.gpu.bias_gradient import allocate, finish_sums, kind
+from flashtile.gpu.bias_gradient import finish_sums
 from flashtile.gpu.intervals import interval
 from flashtile.gpu.philox import keep, random_state
 from flashtile.gpu.scores import score

@@ -11,6 +11,8 @@ from triton.compiler import ASTSource
 
 from flashtile.backends.triton import bias_gradient, forward_pass, key_pass, launch, query_pass
 from flashtile.gpu import arguments, binary
+from flashtile.gpu.bias_gradient import allocate
+from flashtile.gpu.bias_gradient import kind as kind_of
 from flashtile.problem import Problem
 
 
@@ -21,7 +23,7 @@ def resources(problem: Problem, target_name: str) -> dict[str, binary.Resources]
 
 def kernels(problem: Problem) -> list[str]:
     names = ["forward", "queries", "keys"]
-    summed = problem.bias == "additive" and bias_gradient.kind(problem) == "summed"
+    summed = problem.bias == "additive" and kind_of(problem) == "summed"
     return [*names, "bias"] if summed else names
 
 
@@ -41,8 +43,8 @@ def _launch(name: str, problem: Problem) -> tuple[Any, tuple[Tensor, ...], launc
     out = q.new_empty(problem.out_shape)
     lse = q.new_empty(problem.lse_shape, dtype=torch.float32)
     extras = arguments.extras(call)
-    kind = bias_gradient.kind(problem) if problem.bias == "additive" else "none"
-    dbias = bias_gradient.allocate(problem, call, kind)
+    kind = kind_of(problem) if problem.bias == "additive" else "none"
+    dbias = allocate(problem, call, kind)
     dbias = q if dbias is None else dbias
     table = q if call.lo is None else call.lo.new_empty(call.lo.shape[0], problem.k_len)
     tensors: tuple[Tensor, ...]

@@ -1,0 +1,152 @@
+"""The Hopper kernels with a change planted in a copy of their source: warps that come late, a wait that is missing."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import pytest
+
+SOURCES = Path(__file__).parent.parent / "src" / "flashtile" / "backends" / "hopper"
+
+# Files that are copied for a direction, each after those that it imports; the last one has the kernel.
+COPIED = {"forward": ("forward_kernel",), "backward": ("backward_step", "backward_kernel")}
+
+# What every copy gets. `late` delays the calling warps irregularly, longer than a tile takes to arrive.
+SLEEP = """
+
+@gluon.jit
+def sleep(nanoseconds):
+    gl.inline_asm_elementwise(
+        "nanosleep.u32 $1; mov.u32 $0, 0;", "=r,r", [nanoseconds], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def late(n):
+    sleep(n % 3 * 5000)
+"""
+
+
+class Edit(NamedTuple):
+    """`old` becomes `new` wherever it stands in a file of the backend."""
+
+    file: str
+    old: str
+    new: str
+
+
+class Mutant(NamedTuple):
+    name: str
+    mode: str
+    edits: tuple[Edit, ...]
+
+
+def before(file: str, line: str, added: str) -> Edit:
+    """`added` on a line of its own before `line`, which says how far both are indented."""
+    indent = " " * (len(line) - len(line.lstrip()))
+    return Edit(file, f"\n{line}\n", f"\n{indent}{added}\n{line}\n")
+
+
+def after(file: str, line: str, added: str, deeper: int = 0) -> Edit:
+    """`added` on a line of its own after `line`."""
+    indent = " " * (len(line) - len(line.lstrip()) + deeper)
+    return Edit(file, f"\n{line}\n", f"\n{line}\n{indent}{added}\n")
+
+
+_CLAIM_KEYS = "                full = pipes.keys.claim(n, k_desc.block_type.nbytes)"
+_CLAIM_QUERIES = "            full = pipes.queries.claim(n, q_desc.block_type.nbytes + rows_desc.block_type.nbytes)"
+_WALK = "    for j in range(gl.maximum(above - below, 0)):"
+_WAIT = "    q = pipes.queries.wait(n)"
+
+DELAYED = (
+    Mutant("late producer", "forward", (before("forward_kernel", _CLAIM_KEYS, "late(n)"),)),
+    *(
+        Mutant(
+            f"late consumer {w}",
+            "forward",
+            (after("forward_kernel", _WALK, f"late(n * (rows.first // 64 % pipes.GROUPS == {w}))", 4),),
+        )
+        for w in (0, 1)
+    ),
+    Mutant("late loads", "backward", (before("backward_kernel", _CLAIM_QUERIES, "late(n)"),)),
+    *(
+        Mutant(f"late keys {w}", "backward", (before("backward_step", _WAIT, f"late(n * (WG == {w}))"),))
+        for w in (0, 1)
+    ),
+    Mutant("late dq", "backward", (after("backward_kernel", "    pipes.scores.await_full(n)", "late(n)"),)),
+)
+
+# The tile comes late, and nobody waits for it. The slot is claimed in time, so that nobody waits forever either.
+UNSAFE = (
+    Mutant(
+        "no wait for keys",
+        "forward",
+        (
+            after("forward_kernel", _CLAIM_KEYS, "sleep(20000)"),
+            Edit("forward_kernel", "pipes.keys.await_full(n)", "pass"),
+        ),
+    ),
+    Mutant(
+        "no wait for queries",
+        "backward",
+        (
+            after("backward_kernel", _CLAIM_QUERIES, "sleep(20000)"),
+            Edit("backward_step", "pipes.queries.wait(n)", "pipes.queries.slot(n)"),
+        ),
+    ),
+)
+
+
+def sources(mutant: Mutant) -> dict[str, str]:
+    """The changed text of each copied file. Raises LookupError where a text to be replaced does not occur."""
+    texts = {name: (SOURCES / f"{name}.py").read_text("utf-8") + SLEEP for name in COPIED[mutant.mode]}
+    for file, old, new in mutant.edits:
+        if old not in texts[file]:
+            raise LookupError(f"{mutant.name}: {old.strip()!r} does not occur in {file}.py")
+        texts[file] = texts[file].replace(old, new)
+    return texts
+
+
+@contextmanager
+def planted(mutant: Mutant, folder: Path) -> Iterator[None]:
+    """Calls of the backend run the mutant, and its compile module compiles it; folder: where its sources may lie."""
+    from flashtile.backends.hopper import backward_pass, forward_pass, launch
+    from flashtile.backends.hopper import compile as compiler
+
+    name = f"{mutant.mode}_kernel"
+    planted_kernel = getattr(_imported(mutant, folder), name)
+    with pytest.MonkeyPatch.context() as patch:
+        for place in (compiler, {"forward": forward_pass, "backward": backward_pass}[mutant.mode]):
+            patch.setattr(place, name, planted_kernel)
+        launch._ready.clear()
+        try:
+            yield
+        finally:
+            launch._ready.clear()
+
+
+def _imported(mutant: Mutant, folder: Path) -> ModuleType:
+    """The module with the kernel, importing the other copies in place of the files that they are copied from."""
+    copies: dict[str, str] = {}
+    for file, text in sources(mutant).items():
+        for original, copied in copies.items():
+            text = text.replace(f"from flashtile.backends.hopper.{original} import", f"from {copied} import")
+        copies[file] = f"mutant_{mutant.name.replace(' ', '_')}_{file}"
+        module = _load(copies[file], folder / f"{copies[file]}.py", text)
+    return module
+
+
+def _load(name: str, path: Path, text: str) -> ModuleType:
+    path.write_text(text, "utf-8")
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,136 @@
+"""Races in the Hopper kernels are looked for: repeated runs, warps that come late, and a planted race that is seen.
+
+Bits are compared, so the backward is the deterministic one.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import mutants
+import pytest
+import torch
+from mutants import DELAYED, UNSAFE, Mutant
+from places import on_hopper
+from process import fresh_process
+from torch import Tensor
+
+from flashtile.masks import Causal, Window
+from flashtile.testing import Case, build, evaluate
+
+REPEATS = 250
+
+# Several tiles of queries and of keys in each, and more turns than the rings have slots.
+CASES = (
+    Case(
+        "causal", "the common layer", q_len=700, k_len=700, heads=4, kv_heads=2, dim=64, mask=Causal(),
+        deterministic=True,
+    ),
+    Case("uneven", "head dims that differ", q_len=300, k_len=900, dim=128, v_dim=64, dlse=True, deterministic=True),
+    Case(
+        "features", "everything that a consumer may wait for besides", q_len=500, k_len=600, heads=4, kv_heads=2,
+        dim=128, mask=Window(200, 50), softcap=5.0, alibi="heads", bias="additive", bias_axes="1hqk", sinks=True,
+        dropout_p=0.2, deterministic=True,
+    ),
+    Case(
+        "varlen", "sequences of any number of tiles, also none", q_lens=(300, 0, 700, 20), k_lens=(700, 90, 400, 200),
+        heads=4, kv_heads=2, dim=128, mask=Causal(), deterministic=True,
+    ),
+)  # fmt: skip
+
+on_gpu = [pytest.mark.gpu(seconds=60.0), on_hopper]
+every_case = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+def results(case: Case) -> dict[str, Tensor]:
+    return evaluate(case, build(case, torch.bfloat16, "cuda"), "hopper")
+
+
+def differing(found: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
+    """Names of results that differ in a bit."""
+    return [name for name, tensor in expected.items() if not torch.equal(found[name], tensor)]
+
+
+class TestOnHopper:
+    pytestmark = on_gpu
+
+    @every_case
+    def test_every_run_gives_the_same_bits(self, case: Case) -> None:
+        inputs = build(case, torch.bfloat16, "cuda")
+        expected = evaluate(case, inputs, "hopper")
+        for _ in range(REPEATS):
+            assert not differing(evaluate(case, inputs, "hopper"), expected)
+
+    @every_case
+    @pytest.mark.parametrize("mutant", DELAYED, ids=lambda mutant: mutant.name)
+    def test_late_warps_change_nothing(self, mutant: Mutant, case: Case, tmp_path: Path) -> None:
+        expected = results(case)
+        with mutants.planted(mutant, tmp_path):
+            assert not differing(results(case), expected)
+
+    @pytest.mark.parametrize("mutant", UNSAFE, ids=lambda mutant: mutant.name)
+    def test_a_missing_wait_is_seen(self, mutant: Mutant, tmp_path: Path) -> None:
+        expected = results(CASES[0])
+        with mutants.planted(mutant, tmp_path):
+            wrong = differing(results(CASES[0]), expected)
+        assert set(wrong) >= ({"out", "lse"} if mutant.mode == "forward" else {"dq", "dk"})
+        assert not differing(results(CASES[0]), expected)
+
+
+def test_the_comparison_sees_one_bit() -> None:
+    zero = {"out": torch.zeros(3), "lse": torch.zeros(2)}
+    assert not differing(zero, zero)
+    assert differing({**zero, "out": torch.tensor([0.0, 1e-45, 0.0])}, zero) == ["out"]
+    assert differing({**zero, "lse": torch.tensor([0.0, torch.nan])}, zero) == ["lse"]
+
+
+@pytest.mark.parametrize("mutant", [*DELAYED, *UNSAFE], ids=lambda mutant: mutant.name)
+def test_every_mutant_can_be_made(mutant: Mutant) -> None:
+    """What it replaces stands in today's source, and each copy is Python that differs from the original."""
+    texts = mutants.sources(mutant)
+    assert list(texts) == list(mutants.COPIED[mutant.mode])
+    for file, text in texts.items():
+        compile(text, file, "exec")
+    for edit in mutant.edits:
+        assert edit.new in texts[edit.file]
+
+
+def test_a_text_that_does_not_occur_is_an_error() -> None:
+    stale = Mutant("stale", "forward", (mutants.Edit("forward_kernel", "pipes.keys.hope_for(n)", "pass"),))
+    with pytest.raises(LookupError, match=r"stale: 'pipes.keys.hope_for\(n\)' does not occur in forward_kernel.py"):
+        mutants.sources(stale)
+
+
+COMPILED = """
+import json, sys
+from pathlib import Path
+import torch
+import binaries, mutants
+from flashtile.backends.hopper import compile
+
+problem = next(binaries.hopper_problems(True))
+
+def sleeps(mode):
+    return binaries.occurrences("NANOSLEEP", compile.compiled(mode, problem).asm["cubin"])
+
+mode = sys.argv[1]
+mutant = next(mutant for mutant in mutants.UNSAFE if mutant.mode == mode)
+counts = [sleeps(mode)]
+with mutants.planted(mutant, Path(sys.argv[2])):
+    counts.append(sleeps(mode))
+counts.append(sleeps(mode))
+print(json.dumps(counts))
+"""
+
+
+@pytest.mark.parametrize("mode", ["forward", "backward"])
+def test_mutants_compile_and_are_gone_afterwards(mode: str, tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    root = Path(__file__).parent.parent
+    paths = f"{root / 'src'}:{root / 'tests'}"
+    before, within, after = json.loads(
+        fresh_process(COMPILED, mode, str(tmp_path), TRITON_INTERPRET="0", PYTHONPATH=paths).splitlines()[-1]
+    )
+    assert before == after == 0
+    assert within > 0

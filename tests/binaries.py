@@ -43,6 +43,7 @@ def problems(target: str, dim: int, few: bool) -> Iterator[Problem]:
         yield replace(plain, dropout_p=0.1)
         yield replace(plain, softcap=30.0)
         yield replace(plain, **bias)
+        yield replace(plain, bias="boolean", bias_shape=(2, 1, 1, 8192))
         yield replace(plain, varlen=True, total_q=9000, total_k=9000, window_left=100)
 
 

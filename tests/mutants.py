@@ -60,7 +60,7 @@ def after(file: str, line: str, added: str, deeper: int = 0) -> Edit:
 
 
 _CLAIM_KEYS = "                full = pipes.keys.claim(n, k_desc.block_type.nbytes)"
-_CLAIM_QUERIES = "            full = pipes.queries.claim(n, q_desc.block_type.nbytes + rows_desc.block_type.nbytes)"
+_CLAIM_QUERIES = "        full = pipes.queries.claim(n, self.q.block_type.nbytes + self.rows.block_type.nbytes)"
 _WALK = "    for j in range(gl.maximum(above - below, 0)):"
 _WAIT = "    q = pipes.queries.wait(n)"
 

@@ -94,11 +94,11 @@ def test_other_capabilities_are_served_by_triton() -> None:
 
 def test_programs_of_the_hopper_kernels() -> None:
     """The forward's stay and walk through the tiles, as many as an H100 runs at once; the backward's own keys."""
-    forward, backward = explain(*CALL)["kernels"]
+    forward, backward = explain(*CALL, "--backend", "hopper")["kernels"]
     assert (forward["name"], backward["name"]) == ("forward", "backward")
     assert forward["programs"] == 132
     assert backward["programs"] == 2 * 4 * -(-4096 // backward["block_n"])
-    few, _ = explain("q=1,100,1,128", *CALL[2:])["kernels"]
+    few, _ = explain("q=1,100,1,128", *CALL[2:], "--backend", "hopper")["kernels"]
     assert few["programs"] == -(-100 // few["block_m"])
 
 

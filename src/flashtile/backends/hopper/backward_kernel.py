@@ -21,15 +21,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from flashtile.backends.hopper.backward_step import BiasGradient, keys_of, walk
 from flashtile.backends.hopper.backward_work import KEYS, Mask, Pipes, Scoring, place_of
-from flashtile.backends.hopper.descriptors import RAGGED as PAST_ENDS
 from flashtile.backends.hopper.descriptors import load_rows, store_rows, swizzled
-from flashtile.backends.hopper.dialect import aggregate, barrier, load, reduce_add, reinterpret, store
+from flashtile.backends.hopper.dialect import aggregate, barrier, load, reduce_add
 from flashtile.backends.hopper.rings import Ring, barriers
 from flashtile.backends.hopper.tiles import accumulator
 from flashtile.gpu.arguments import RUNTIME
 from flashtile.gpu.sequences import place as program_place
 
-RUNTIME = [*RUNTIME, "stride_bb", "stride_bh", "stride_bm", "stride_gb", "stride_gh", "blocks"]
+RUNTIME = [*RUNTIME, "stride_bb", "stride_bh", "stride_bm", "stride_gb", "stride_gh"]
 
 
 @aggregate
@@ -101,25 +100,6 @@ def _load(sources, pipes, place):
         sources.load_step(pipes, place, n)
 
 
-@gluon.jit
-def store_columns(desc, tile, b, h, start, length, row, column, VARLEN: gl.constexpr):
-    """`store_rows` from a column on."""
-    box = reinterpret(tile, desc.dtype, desc.block_type.shape, desc.layout)
-    if VARLEN:
-        store(desc, [PAST_ENDS, start + length, PAST_ENDS - length + row, h, column], box)
-    else:
-        store(desc, [b, row, h, column], box)
-
-
-@gluon.jit
-def _await_memory():
-    """Waits until everything that this warp group stored or added by TMA is in memory; tma.store_wait does not."""
-    gl.inline_asm_elementwise(
-        "cp.async.bulk.wait_group 0; mov.b32 $0, 0;", "=r,r", [0], dtype=gl.int32, is_pure=False, pack=1
-    )
-    barrier()
-
-
 @aggregate
 class Turns:
     """The order in which tiles of keys add to a block of dQ where it must not vary: the last tile first.
@@ -141,109 +121,24 @@ class Turns:
 
     @gluon.jit
     def pass_on(self, block):
-        """Lets the next tile add to a block, what was added here being in memory."""
+        """Lets the next tile add to a block, once everything that was added here has reached memory."""
         if self.ORDERED:
+            # Not tma.store_wait, which waits until shared memory has been read only.
+            gl.inline_asm_elementwise(
+                "cp.async.bulk.wait_group 0; mov.b32 $0, $1;", "=r,r", [block], dtype=gl.int32, is_pure=False, pack=1
+            )
+            barrier()
             gl.atomic_add(self.counters + block, 1, sem="release")
 
 
-@gluon.constexpr_function
-def _columns(D):
-    """Columns of the [64, C] parts in which dQ is made."""
-    return min(D, 64)
-
-
 @gluon.jit
-def _in_order(x):
-    """A [64, C] accumulator as one line in the order of its registers: four values of each thread, thread by thread."""
-    C: gl.constexpr = x.shape[1]
-    return x.reshape([4, 2, 8, C // 8, 4, 2]).permute([3, 0, 2, 4, 1, 5]).reshape([64 * C])
-
-
-@gluon.jit
-def _from_order(x, C: gl.constexpr):
-    """What `_in_order` makes a line of."""
-    x = x.reshape([C // 8, 4, 8, 4, 2, 2]).permute([1, 4, 2, 0, 3, 5]).reshape([64, C])
-    return gl.convert_layout(x, accumulator(C))
-
-
-@aggregate
-class Finish:
-    """Turns dQ's accumulator into dQ: the last tile of keys to be done with a chunk of rows does it, out of the cache.
-
-    counters: for the first block of each chunk, how many of the head's tiles are done with it; tiles: how many there
-    are. CHUNK: blocks of BLOCK_M rows.
-    """
-
-    counters: gl.tensor
-    accumulated: gl.tensor
-    dq: tma.tensor_descriptor
-    scale: gl.tensor
-    tiles: gl.tensor
-    CHUNK: gl.constexpr
-
-    @gluon.jit
-    def leave(self, base, g, i, pipes, place):
-        """To be called after step i of a head, of which everything has been added: ends the chunk that i is the last of
-        for this tile.
-        """
-        chunk = i // self.CHUNK * self.CHUNK
-        before = gl.atomic_add(self.counters + base + chunk, 1, sem="acq_rel")
-        if before == self.tiles - 1:
-            self.convert(base, g, chunk, pipes, place)
-
-    @gluon.jit
-    def leave_rest(self, base, g, first, last, pipes, place):
-        """Counts this tile for the chunks that it did not walk through."""
-        chunks = gl.cdiv(gl.cdiv(place.q_len, pipes.BLOCK_M), self.CHUNK)
-        begin = first // self.CHUNK
-        end = gl.where(last > first, gl.cdiv(last, self.CHUNK), begin)
-        for some in range(0, chunks, 128):
-            chunk = some + gl.arange(0, 128, layout=gl.BlockedLayout([1], [32], [4], [0]))
-            missed = (chunk < chunks) & ((chunk < begin) | (chunk >= end))
-            pointers = self.counters + base + chunk * self.CHUNK
-            before = gl.atomic_add(pointers, chunk * 0 + 1, mask=missed, sem="acq_rel")
-            due = gl.where(missed & (before == self.tiles - 1), chunk, -1)
-            found = gl.max(due, 0)
-            while found >= 0:
-                self.convert(base, g, found * self.CHUNK, pipes, place)
-                due = gl.where(due == found, -1, due)
-                found = gl.max(due, 0)
-
-    @gluon.jit
-    def convert(self, base, g, chunk, pipes, place):
-        """The rows of a chunk from the accumulator to dQ."""
-        C: gl.constexpr = _columns(pipes.D)
-        COLUMNS: gl.constexpr = pipes.D // C
-        h = place.head(g)
-        order = _in_order(gl.zeros([64, C], gl.float32, accumulator(C)))
-        at = gl.arange(0, 64 * C, layout=order.type.layout)
-        end = gl.minimum(chunk + self.CHUNK, gl.cdiv(place.q_len, pipes.BLOCK_M))
-        parts = pipes.BLOCK_M // 64 * COLUMNS
-        for number in range(chunk * parts, end * parts):
-            source = self.accumulated + (base * parts + number).to(gl.int64) * (64 * C)
-            x = gl.load(source + at, cache_modifier=".cg")
-            x = (_from_order(x, C) * self.scale).to(pipes.keys.dtype)
-            slot = pipes.exits.index(number % pipes.SLOTS)
-            slot = reinterpret(slot, pipes.keys.dtype, [64, C], swizzled(2, C))
-            tma.store_wait(pipes.SLOTS - 1)
-            barrier()
-            slot.store(x)
-            fence_async_shared()
-            barrier()
-            row = number // COLUMNS * 64
-            column = number % COLUMNS * C
-            store_columns(self.dq, slot, place.b, h, place.q_start, place.q_len, row, column, place.VARLEN)
-        tma.store_wait(0)
-
-
-@gluon.jit
-def _add(sum_desc, block, n, pipes, FROM: gl.constexpr, TO: gl.constexpr):
+def _add(dq_desc, block, n, pipes, FROM: gl.constexpr, TO: gl.constexpr):
     """dQ of step n, made from the dS of consumers FROM to TO, starts on its way to block `block` of the accumulator.
 
     A [64, C] part of dQ lies there in the order of the accumulator's registers, so that its way through shared memory
     is 16 bytes wide and free of bank conflicts.
     """
-    C: gl.constexpr = _columns(pipes.D)
+    C: gl.constexpr = min(pipes.D, 64)
     COLUMNS: gl.constexpr = pipes.D // C
     PARTS: gl.constexpr = pipes.BLOCK_M // 64 * COLUMNS
     pipes.scores.await_full(n)
@@ -260,36 +155,39 @@ def _add(sum_desc, block, n, pipes, FROM: gl.constexpr, TO: gl.constexpr):
         else:
             barrier()
         slot = pipes.exits.index((n * PARTS + part) % pipes.SLOTS)
-        slot.store(_in_order(dq).reshape([C // 4, 256]))
+        slot.store(dq.reshape([4, 2, 8, C // 8, 4, 2]).permute([3, 0, 2, 4, 1, 5]).reshape([C // 4, 256]))
         fence_async_shared()
         barrier()
-        reduce_add(sum_desc, [(block * PARTS + part) * (C // 4), 0], slot)
+        reduce_add(dq_desc, [(block * PARTS + part) * (C // 4), 0], slot)
 
 
 @gluon.jit
-def _add_seen(sum_desc, block, n, i, pipes, mask, spans):
-    """`_add` of step n, query tile i, from the consumers that walk through it."""
-    GROUPS: gl.constexpr = pipes.GROUPS
-    if mask.KIND == "none" and not mask.RAGGED:
-        _add(sum_desc, block, n, pipes, 0, GROUPS)
-    elif i < spans[1][0]:
-        _add(sum_desc, block, n, pipes, 0, 1)
-    elif GROUPS == 3 and i < spans[GROUPS - 1][0]:
-        _add(sum_desc, block, n, pipes, 0, 2)
-    elif not mask.LEFT or i < spans[0][3]:
-        _add(sum_desc, block, n, pipes, 0, GROUPS)
-    elif GROUPS == 2 or i < spans[1][3]:
-        _add(sum_desc, block, n, pipes, 1, GROUPS)
-    else:
-        _add(sum_desc, block, n, pipes, 2, GROUPS)
+def _add_steps(
+    dq_desc, n, begin, end, base, furthest, turns, sources, pipes, place, mask, FROM: gl.constexpr, TO: gl.constexpr,
+    LOADS: gl.constexpr,
+):  # fmt: skip
+    """Steps begin to end of one head. furthest: the last tile of keys that step `begin` - 1 sees, or this one."""
+    for i in range(begin, end):
+        if turns.ORDERED:
+            if i > sources.first:
+                turns.pass_on(base + i - 1)
+            furthest = mask.furthest_tile(furthest, i, place)
+            turns.await_turn(base + i, furthest - place.tile)
+        _add(dq_desc, base + i, n, pipes, FROM, TO)
+        if LOADS:
+            if n + pipes.queries.STAGES < sources.steps(place):
+                sources.load_step(pipes, place, n + pipes.queries.STAGES)
+        n += 1
+    return n, furthest
 
 
 @gluon.jit
-def _reduce(sum_desc, turns, finish, sources, pipes, place, mask, spans, LOADS: gl.constexpr):
+def _reduce(dq_desc, turns, sources, pipes, place, mask, spans, LOADS: gl.constexpr):
     """Makes dQ of each step from the dS of the consumers whose keys its rows see, and adds it up in memory.
 
     LOADS: it also loads what the others need, some steps ahead.
     """
+    GROUPS: gl.constexpr = pipes.GROUPS
     if LOADS:
         sources.load_first(pipes, place)
         for n in range(1, gl.minimum(sources.steps(place), pipes.queries.STAGES)):
@@ -298,24 +196,28 @@ def _reduce(sum_desc, turns, finish, sources, pipes, place, mask, spans, LOADS: 
     n = 0
     for g in range(place.group if pipes.GROUPED else 1):
         base = place.block(g)
-        furthest = place.tile  # the last tile of keys that query tile i sees
-        for i in range(sources.first, sources.last):
-            if turns.ORDERED:
-                furthest = mask.furthest_tile(furthest, i, place)
-                turns.await_turn(base + i, furthest - place.tile)
-            _add_seen(sum_desc, base + i, n, i, pipes, mask, spans)
-            if LOADS:
-                if n + pipes.queries.STAGES < sources.steps(place):
-                    sources.load_step(pipes, place, n + pipes.queries.STAGES)
-            n += 1
-            ends = ((i + 1) % finish.CHUNK == 0) | (i + 1 == sources.last)
-            if turns.ORDERED or ends:
-                _await_memory()
-            turns.pass_on(base + i)
-            if ends:
-                finish.leave(base, g, i, pipes, place)
-        if mask.KIND != "none":
-            finish.leave_rest(base, g, sources.first, sources.last, pipes, place)
+        furthest = place.tile
+        begin = sources.first
+        if mask.KIND != "none" or mask.RAGGED:
+            for w in gl.static_range(1, GROUPS):
+                end = spans[w][0]
+                n, furthest = _add_steps(
+                    dq_desc, n, begin, end, base, furthest, turns, sources, pipes, place, mask, 0, w, LOADS
+                )
+                begin = end
+        end = spans[0][3]
+        n, furthest = _add_steps(
+            dq_desc, n, begin, end, base, furthest, turns, sources, pipes, place, mask, 0, GROUPS, LOADS
+        )
+        if mask.LEFT:
+            for w in gl.static_range(1, GROUPS):
+                begin = end
+                end = spans[w][3]
+                n, furthest = _add_steps(
+                    dq_desc, n, begin, end, base, furthest, turns, sources, pipes, place, mask, w, GROUPS, LOADS
+                )
+        if sources.last > sources.first:
+            turns.pass_on(base + sources.last - 1)
     mbarrier.arrive(pipes.done.index(0), count=1)
     tma.store_wait(0)
 
@@ -355,15 +257,14 @@ def _consume(dk_desc, dv_desc, pipes, place, mask, scoring, dbias, spans, WG: gl
 
 @gluon.jit(do_not_specialize=RUNTIME)
 def backward_kernel(
-    q_desc, k_desc, v_desc, do_desc, rows_desc, sum_desc, dq_desc, dk_desc, dv_desc, first_rows, end_rows, dbias,
-    accumulated, counters, bias, slopes, sinks, cu_q, cu_k, lo, hi, rng, mailbox, stride_bb, stride_bh, stride_bm,
-    stride_gb, stride_gh, stride_sb, stride_tb, batch, heads, group, max_q, max_k, total_q, total_k, padded, blocks,
-    tiles, programs, section, left, right, scale, softcap, threshold, keep_scale, BLOCK_M: gl.constexpr,
-    GROUPS: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr, CONSUME_REGISTERS: gl.constexpr,
-    LOAD_REGISTERS: gl.constexpr, GROUPED: gl.constexpr, VARLEN: gl.constexpr, KIND: gl.constexpr, LEFT: gl.constexpr,
-    RAGGED: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, BIAS: gl.constexpr, BIAS_ALIGN: gl.constexpr,
-    BIAS_STEP: gl.constexpr, DROPOUT: gl.constexpr, ORDERED: gl.constexpr, DBIAS: gl.constexpr,
-    DETERMINISTIC: gl.constexpr, CHUNK: gl.constexpr,
+    q_desc, k_desc, v_desc, do_desc, rows_desc, dq_desc, dk_desc, dv_desc, first_rows, end_rows, dbias, counters, bias,
+    slopes, sinks, cu_q, cu_k, lo, hi, rng, mailbox, stride_bb, stride_bh, stride_bm, stride_gb, stride_gh, stride_sb,
+    stride_tb, batch, heads, group, max_q, max_k, total_q, total_k, padded, tiles, programs, section, left, right,
+    scale, softcap, threshold, keep_scale, BLOCK_M: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
+    SLOTS: gl.constexpr, CONSUME_REGISTERS: gl.constexpr, LOAD_REGISTERS: gl.constexpr, GROUPED: gl.constexpr,
+    VARLEN: gl.constexpr, KIND: gl.constexpr, LEFT: gl.constexpr, RAGGED: gl.constexpr, SOFTCAP: gl.constexpr,
+    ALIBI: gl.constexpr, BIAS: gl.constexpr, BIAS_ALIGN: gl.constexpr, BIAS_STEP: gl.constexpr, DROPOUT: gl.constexpr,
+    ORDERED: gl.constexpr, DBIAS: gl.constexpr, DETERMINISTIC: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
     D: gl.constexpr = k_desc.block_type.shape[-1]
@@ -392,7 +293,7 @@ def backward_kernel(
     do_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, DV], swizzled(2, DV))
     ds_tiles = gl.allocate_shared_memory(dtype, [2 * GROUPS, KEYS, BLOCK_M], swizzled(2, BLOCK_M))
     rows = gl.allocate_shared_memory(gl.float32, [STAGES, 2, BLOCK_M], rows_desc.layout)
-    exits = gl.allocate_shared_memory(gl.float32, [SLOTS, _columns(D) // 4, 256], sum_desc.layout)
+    exits = gl.allocate_shared_memory(gl.float32, [SLOTS, min(D, 64) // 4, 256], dq_desc.layout)
     empty = barriers(STAGES, GROUPS)
     pipes = Pipes(
         keys, values, barriers(2, 1), barriers(1, 1), Ring(q_tiles, barriers(STAGES, 1), empty, STAGES), rows,
@@ -400,8 +301,6 @@ def backward_kernel(
         exits, GROUPS, BLOCK_M, D, DV, SLOTS, GROUPED,
     )  # fmt: skip
     turns = Turns(counters, DETERMINISTIC)
-    dq_scale = scale * keep_scale
-    finish = Finish(counters + blocks, accumulated, dq_desc, dq_scale, gl.cdiv(place.k_len, place.BLOCK_N), CHUNK)
     fence_async_shared()
     barrier()
     sources = Sources(q_desc, k_desc, v_desc, do_desc, rows_desc, spans[0][0], spans[GROUPS - 1][3])
@@ -409,7 +308,7 @@ def backward_kernel(
     if GROUPS == 2:
         gl.warp_specialize(
             [
-                (_reduce, (sum_desc, turns, finish, sources, pipes, place, mask, spans, False)),
+                (_reduce, (dq_desc, turns, sources, pipes, place, mask, spans, False)),
                 (_consume, (dk_desc, dv_desc, pipes, place, mask, scoring, bias_gradient, spans, 0)),
                 (_consume, (dk_desc, dv_desc, pipes, place, mask, scoring, bias_gradient, spans, 1)),
                 (_load, (sources, pipes, place)),
@@ -420,7 +319,7 @@ def backward_kernel(
     else:
         gl.warp_specialize(
             [
-                (_reduce, (sum_desc, turns, finish, sources, pipes, place, mask, spans, True)),
+                (_reduce, (dq_desc, turns, sources, pipes, place, mask, spans, True)),
                 (_consume, (dk_desc, dv_desc, pipes, place, mask, scoring, bias_gradient, spans, 0)),
                 (_consume, (dk_desc, dv_desc, pipes, place, mask, scoring, bias_gradient, spans, 1)),
                 (_consume, (dk_desc, dv_desc, pipes, place, mask, scoring, bias_gradient, spans, 2)),

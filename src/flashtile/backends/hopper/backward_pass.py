@@ -1,4 +1,4 @@
-"""Backward on Hopper, in two launches: what it needs of each row, and the gradients."""
+"""Backward on Hopper, in three launches: what it needs of each row, the gradients, and dQ from its accumulator."""
 
 from __future__ import annotations
 
@@ -11,13 +11,11 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from flashtile.backends.hopper import backward_configs, backward_prologue, descriptors, launch
+from flashtile.backends.hopper import backward_configs, backward_epilogue, backward_prologue, descriptors, launch
 from flashtile.backends.hopper.backward_kernel import backward_kernel
 from flashtile.gpu import arguments, bias_gradient
 from flashtile.masks import rows_seeing
 from flashtile.problem import Call, Problem
-
-CHUNK = 1024  # rows of dQ that are converted together
 
 
 def backward(
@@ -45,23 +43,24 @@ def backward(
         sums = torch.empty(shape, dtype=torch.float32, device=q.device)
     dlse_or_lse = lse if dlse is None else dlse.contiguous()
     dbias_or_rows = rows if dbias is None else dbias
+    counters = torch.empty(rows.shape[1] // 64 if problem.deterministic else 0, dtype=torch.int32, device=q.device)
+    before = (out, dout, lse, dlse_or_lse, rows, accumulated, counters, dbias_or_rows, sums)
+    backward_prologue.run(problem, call, before, kind, dlse is not None)
 
-    counters = torch.empty(2, rows.shape[1] // backward_prologue.ROWS, dtype=torch.int32, device=q.device)
-    written = tuple(grad if descriptors.fits(grad) else descriptors.aligned_like(grad) for grad in grads)
-    tensors = (out, dout, lse, dlse_or_lse, rows, accumulated, counters, dbias_or_rows, sums, *written)
-    backward_prologue.run(problem, call, tensors, kind, dlse is not None)
-
+    dkv = grads[1:]
+    dk, dv = (grad if descriptors.fits(grad) else descriptors.aligned_like(grad) for grad in dkv)
     first_rows, end_rows = (
         (q, q) if call.lo is None or call.hi is None else rows_seeing(call.lo, call.hi, problem.k_len)
     )
-    boxed = (q, k, v, dout, rows, accumulated, *written)
-    tensors = (first_rows, end_rows, dbias_or_rows, accumulated, counters)
+    boxed = (q, k, v, dout, rows, accumulated, dk, dv)
+    tensors = (first_rows, end_rows, dbias_or_rows, counters)
     variant = ("tile" if each else kind, first_rows.stride(0) if problem.table and first_rows.shape[0] > 1 else 0)
     launch.run(backward_kernel, problem, call, boxed, tensors, prepare, variant)
 
-    for grad, source in zip(grads, written, strict=True):
-        if source is not grad:
-            grad.copy_(source)
+    for grad, written in zip(dkv, (dk, dv), strict=True):
+        if written is not grad:
+            grad.copy_(written)
+    backward_epilogue.run(problem, call, (accumulated, *grads))
     if dbias is not None and kind != "tile":
         dbias = bias_gradient.finish_sums(problem, call, kind, dbias)
     dsinks = None if call.sinks is None else sums.sum((0, 2)).to(call.sinks.dtype)
@@ -84,8 +83,8 @@ def accumulator_columns(problem: Problem) -> int:
 def prepare(problem: Problem, call: Call, boxed: tuple[Tensor, ...], variant: tuple[Any, ...]) -> launch.Plan:
     """The launch of the main kernel.
 
-    boxed: q, k, v, dout, rows, dq's accumulator, dq, dk, dv. variant: the kind of dbias, and the stride of a transposed
-    mask's table over the batch.
+    boxed: q, k, v, dout, rows, dq's accumulator, dk, dv; variant: the kind
+    of dbias, and the stride of a transposed mask's table over the batch.
     """
     config = backward_configs.pick(problem)
     kind, stride_tb = variant
@@ -101,8 +100,6 @@ def prepare(problem: Problem, call: Call, boxed: tuple[Tensor, ...], variant: tu
         "BIAS_STEP": biases.pop("stride_bn"),
         "stride_gb": stride_gb,
         "stride_gh": stride_gh,
-        "blocks": arguments.scratch_rows(problem) // backward_prologue.ROWS,
-        "CHUNK": CHUNK // config.block_m,
         "tiles": tiles,
         "programs": programs,
         "section": 1,
@@ -138,8 +135,7 @@ def _bias_gradient_strides(problem: Problem, kind: str) -> tuple[int, int]:
 def _describe(
     problem: Problem, config: backward_configs.Config, boxed: tuple[Tensor, ...]
 ) -> tuple[TensorDescriptor, ...]:
-    q, k, v, dout, rows, accumulated, dq, dk, dv = boxed
-    columns = accumulator_columns(problem)
+    q, k, v, dout, rows, accumulated, dk, dv = boxed
     dim, v_dim = descriptors.width(problem.qk_dim), descriptors.width(problem.v_dim)
     plain = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
     return (
@@ -148,8 +144,7 @@ def _describe(
         descriptors.rows(v, 64, v_dim, problem.varlen),
         descriptors.rows(dout, config.block_m, v_dim, problem.varlen),
         TensorDescriptor.from_tensor(rows, [2, config.block_m], plain),
-        TensorDescriptor.from_tensor(accumulated, [columns // 4, 256], plain),
-        descriptors.rows(dq, 64, columns, problem.varlen),
+        TensorDescriptor.from_tensor(accumulated, [accumulator_columns(problem) // 4, 256], plain),
         descriptors.rows(dk, 64, dim, problem.varlen),
         descriptors.rows(dv, 64, v_dim, problem.varlen),
     )

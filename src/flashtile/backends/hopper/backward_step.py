@@ -1,5 +1,6 @@
 """What a consumer of the backward does: from the products S^T and dP^T of its 64 keys to P^T, dS^T, dV and dK."""
 
+import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
@@ -10,6 +11,8 @@ from flashtile.backends.hopper.tiles import accumulator, left_operand, partial_s
 from flashtile.gpu.philox import random_state, random_words
 from flashtile.gpu.scores import LOG2E, score
 
+# ptxas 13, which Triton 3.9 uses for Hopper too, serialises all products where delta is read before dP is there.
+LATE = gl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8))
 MINUS_INFINITY = gl.constexpr(float("-inf"))
 NEVER = gl.constexpr(2**30)
 
@@ -287,8 +290,11 @@ def _step(dk, dv, sums, n, m, pipes, keys, mask, scoring, dbias, WG: gl.constexp
         dv_running = warpgroup_mma(gl.convert_layout(_positive(p), left_operand(pipes.DV)), do, dv, is_async=True)
     else:
         dv_running = warpgroup_mma(gl.convert_layout(p, left_operand(pipes.DV)), do, dv, is_async=True)
-        delta = pipes.of_rows(n, 1, LAYOUT)
+        if not LATE:
+            delta = pipes.of_rows(n, 1, LAYOUT)
         dp = warpgroup_mma_wait(1, deps=(running,))
+        if LATE:
+            delta = pipes.of_rows(n, 1, LAYOUT)
         ds = _score_gradients(p, dp, delta, scoring)
     if dbias.KIND == "column":
         sums += partial_sums(ds.to(gl.float32))

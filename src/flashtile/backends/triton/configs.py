@@ -142,6 +142,6 @@ def _serves(row: Row, itemsize: int, dim: int, heaviness: int) -> bool:
 
 
 def weight(problem: Problem) -> int:
-    """Dropout 1, an additive bias 2, softcap 1 beside either of them: alone it fits the tiles of a plain call."""
-    heavy = (problem.dropout_p > 0) + 2 * (problem.bias == "additive")
+    """Dropout 1, a bias 2, softcap 1 beside either of them: alone it fits the tiles of a plain call."""
+    heavy = (problem.dropout_p > 0) + 2 * (problem.bias is not None)
     return heavy + (heavy > 0 and problem.softcap > 0)

@@ -1,0 +1,108 @@
+"""After the backward's main kernel: dQ from its float32 accumulator, and zeros for packed rows of no sequence."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from flashtile.backends.hopper import backward_configs, descriptors, launch
+from flashtile.backends.hopper.strides import aligned_strides
+from flashtile.gpu import arguments
+from flashtile.gpu.sequences import past_end, place, scratch_row, sequence
+from flashtile.problem import Call, Problem
+
+RUNTIME = arguments.RUNTIME
+
+
+@triton.jit
+def _blank(
+    target, start, total, tile, tiles, stride_m, stride_h, stride_d, heads, DIM: tl.constexpr, D: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    """Zeros for all heads of the lines past the last sequence; the tiles of one extra item share them."""
+    column = tl.arange(0, D).to(tl.int64)[None, :]
+    for first in tl.range(start + tile * ROWS, total, tiles * ROWS):
+        line = (first + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+        for h in tl.range(0, heads):
+            pointers = target + line * stride_m + h.to(tl.int64) * stride_h + column * stride_d
+            zeros = tl.zeros([ROWS, D], target.dtype.element_ty)
+            tl.store(pointers, zeros, mask=(line < total) & (column < DIM))
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def epilogue_kernel(
+    accumulated, dq, dk, dv, bias, slopes, sinks, cu_q, cu_k, lo, hi, rng, mailbox, stride_xb, stride_xm, stride_xh,
+    stride_xd, stride_zb, stride_zm, stride_zh, stride_zd, stride_wb, stride_wm, stride_wh, stride_wd, batch, heads,
+    group, max_q, total_q, total_k, padded, tiles, programs, section, scale, keep_scale,
+    BLOCK_M: tl.constexpr, C: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, DV: tl.constexpr,
+    DIM_V: tl.constexpr, VARLEN: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    stride_xb, stride_xm, stride_xh = stride_xb * ALIGN, stride_xm * ALIGN, stride_xh * ALIGN
+    tile, bh = place(tl.program_id(0), tiles, programs, section)
+    b = bh // heads
+    h = bh % heads
+    if VARLEN:
+        if b == batch:
+            if h == 0:
+                start = past_end(cu_q, batch, total_q)
+                _blank(dq, start, total_q, tile, tiles, stride_xm, stride_xh, stride_xd, heads, DIM, D, 64)
+                start = past_end(cu_k, batch, total_k)
+                kv_heads = heads // group
+                stride_zm, stride_zh = stride_zm * ALIGN, stride_zh * ALIGN
+                stride_wm, stride_wh = stride_wm * ALIGN, stride_wh * ALIGN
+                _blank(dk, start, total_k, tile, tiles, stride_zm, stride_zh, stride_zd, kv_heads, DIM, D, 64)
+                _blank(dv, start, total_k, tile, tiles, stride_wm, stride_wh, stride_wd, kv_heads, DIM_V, DV, 64)
+            return
+    q_start, q_len = sequence(cu_q, b, max_q, total_q, 0, mailbox, VARLEN, False)
+    first_row = tile * BLOCK_M
+    if first_row >= q_len:
+        return
+    at = (scratch_row(b, h, heads, q_start, padded, VARLEN) + first_row).to(tl.int64) * D
+    x = tl.load(accumulated + at + tl.arange(0, BLOCK_M * D)) * (scale * keep_scale)
+    # half of the rows, part of the columns, column // 8, warp, row % 8, column % 8 // 2, row // 8 % 2, column % 2
+    x = tl.reshape(x, [BLOCK_M // 64, D // C, C // 8, 4, 8, 4, 2, 2])
+    x = tl.permute(x, [0, 3, 6, 4, 1, 2, 5, 7])
+    x = tl.reshape(x, [BLOCK_M, D])
+    row = first_row + tl.arange(0, BLOCK_M)
+    column = tl.arange(0, D)
+    line = (q_start + row).to(tl.int64)
+    base = dq + b.to(tl.int64) * stride_xb + h.to(tl.int64) * stride_xh
+    pointers = base + line[:, None] * stride_xm + column[None, :] * stride_xd
+    tl.store(pointers, x.to(dq.dtype.element_ty), mask=(row < q_len)[:, None] & (column < DIM)[None, :])
+
+
+def run(problem: Problem, call: Call, tensors: tuple[Tensor, ...]) -> None:
+    """tensors: dq's accumulator, dq, dk, dv."""
+    launch.run(epilogue_kernel, problem, call, (), tensors, partial(prepare, tensors=tensors), ())
+
+
+def prepare(
+    problem: Problem, call: Call, boxed: tuple[Tensor, ...], variant: tuple[Any, ...], tensors: tuple[Tensor, ...]
+) -> launch.Plan:
+    """The launch of a problem; boxed and variant are empty."""
+    _, dq, dk, dv = tensors
+    block_m = backward_configs.pick(problem).block_m
+    tiles = max(1, triton.cdiv(problem.q_len, block_m))  # one, so that rows of no sequence are cleared
+    programs = (problem.batch + problem.varlen) * problem.q_heads
+    dim = descriptors.width(problem.qk_dim)
+    strides, align = aligned_strides(problem, {"x": dq, "z": dk, "w": dv})
+    values = {
+        **arguments.scalars(problem, call),
+        **strides,
+        "ALIGN": align,
+        "tiles": tiles,
+        "programs": programs,
+        "section": 1,
+        "BLOCK_M": block_m,
+        "C": min(dim, 64),
+        "D": dim,
+        "DIM": problem.qk_dim,
+        "DV": descriptors.width(problem.v_dim),
+        "DIM_V": problem.v_dim,
+        "VARLEN": problem.varlen,
+    }
+    return launch.Plan(tiles * programs, values, {"num_warps": 4, "enable_fp_fusion": True}, lambda boxed: ())

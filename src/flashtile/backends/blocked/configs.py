@@ -61,6 +61,10 @@ def _pick(problem: Problem) -> Config:
 # Below this head dim a product costs less than rounding its operands and widening its result.
 _LEAST_NARROW_DIM = 16
 
+# Below this many scores products cost nothing either way, and scores of a few rows rounded to bfloat16 may all be less
+# lucky than plain PyTorch's: only many average out.
+_LEAST_NARROW_SCORES = 2**18
+
 
 def working_dtype(problem: Problem) -> torch.dtype:
     """The dtype of the matrix products: that of the results, or bfloat16 where the device is fast in it.
@@ -68,6 +72,7 @@ def working_dtype(problem: Problem) -> torch.dtype:
     float16 is widened: few CPUs multiply it faster than float32, and weights below 2**-14 would lose digits in it.
     """
     fast = problem.device != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if problem.dtype == torch.bfloat16 and fast and problem.qk_dim >= _LEAST_NARROW_DIM:
+    many = problem.batch * problem.q_heads * problem.q_len * problem.k_len >= _LEAST_NARROW_SCORES
+    if problem.dtype == torch.bfloat16 and fast and many and problem.qk_dim >= _LEAST_NARROW_DIM:
         return torch.bfloat16
     return problem.lse_dtype

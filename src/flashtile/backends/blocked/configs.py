@@ -63,7 +63,7 @@ _LEAST_NARROW_DIM = 16
 
 # Below this many scores products cost nothing either way, and scores of a few rows rounded to bfloat16 may all be less
 # lucky than plain PyTorch's: only many average out.
-_LEAST_NARROW_SCORES = 2**18
+_LEAST_NARROW_SCORES = 2**17
 
 
 def working_dtype(problem: Problem) -> torch.dtype:

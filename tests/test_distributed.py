@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -25,9 +26,15 @@ def test_a_wrong_gradient_is_noticed(tmp_path: Path) -> None:
 def start(way: str, folder: Path) -> list[str]:
     """What each rank prints; a failed rank's words are the test's failure, and nobody is left waiting for it."""
     command = [sys.executable, "-W", "ignore", ranks.__file__, way]
+    # Gloo would look up this machine's name, and wait where its network answers slowly or not.
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else None
     processes = [
         subprocess.Popen(
-            [*command, str(rank), str(folder / "store")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [*command, str(rank), str(folder / "store")],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
         )
         for rank in range(ranks.RANKS)
     ]

@@ -151,7 +151,7 @@ def _in_place(q: Tensor, cache: Cache, slopes: Tensor | None) -> _Packed:
     first, end = _lengths(cache)
     row = torch.arange(batch, device=q.device) * rows.step
     cu_k = torch.full((2 * batch + 2,), rows.k.shape[0], dtype=torch.int32, device=q.device)
-    cu_k[0] = 0
+    cu_k[:1].zero_()  # assigning a number would copy it from the host, and wait
     cu_k[1:-1] = torch.stack([row + first, row + end], 1).flatten()
     cu_q = torch.arange(2 * batch + 2, device=q.device, dtype=torch.int32) // 2 * q_len
     if slopes is not None and slopes.ndim == 2:

@@ -52,10 +52,9 @@ def epilogue_kernel(
                 _blank(dq, start, total_q, tile, tiles, stride_xm, stride_xh, stride_xd, heads, DIM, D, 64)
                 start = past_end(cu_k, batch, total_k)
                 kv_heads = heads // group
-                stride_zm, stride_zh = stride_zm * ALIGN, stride_zh * ALIGN
-                stride_wm, stride_wh = stride_wm * ALIGN, stride_wh * ALIGN
-                _blank(dk, start, total_k, tile, tiles, stride_zm, stride_zh, stride_zd, kv_heads, DIM, D, 64)
-                _blank(dv, start, total_k, tile, tiles, stride_wm, stride_wh, stride_wd, kv_heads, DIM_V, DV, 64)
+                zm, zh, wm, wh = stride_zm * ALIGN, stride_zh * ALIGN, stride_wm * ALIGN, stride_wh * ALIGN
+                _blank(dk, start, total_k, tile, tiles, zm, zh, stride_zd, kv_heads, DIM, D, 64)
+                _blank(dv, start, total_k, tile, tiles, wm, wh, stride_wd, kv_heads, DIM_V, DV, 64)
             return
     q_start, q_len = sequence(cu_q, b, max_q, total_q, 0, mailbox, VARLEN, False)
     first_row = tile * BLOCK_M

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -29,6 +30,8 @@ def backward(
     bias_grad: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Writes dq, dk, dv and returns (dbias, dsinks)."""
+    if problem.dropout_p == 1.0:  # all weights are dropped: out has no gradient, lse has the one without dropout
+        problem, dout = replace(problem, dropout_p=0.0), torch.zeros_like(dout)
     call = arguments.with_dense_bias(call)
     q, k, v, dout = (descriptors.aligned(tensor) for tensor in (call.q, call.k, call.v, dout))
     kind = bias_gradient.kind(problem) if bias_grad else "none"

@@ -65,7 +65,7 @@ def prologue_kernel(
     kept_delta = delta
     if DROPOUT:
         # What is kept is scaled once, at the end, and so is all of dS.
-        kept_delta = delta / keep_scale if keep_scale > 0.0 else delta * 0.0
+        kept_delta = delta / keep_scale
     tl.store(rows + scratch + scratch_at + tl.arange(0, ROWS), kept_delta)
     if COUNTERS:
         tl.store(counters + scratch_at // ROWS, 0)

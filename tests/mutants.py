@@ -15,7 +15,7 @@ import pytest
 SOURCES = Path(__file__).parent.parent / "src" / "flashtile" / "backends" / "hopper"
 
 # Files that are copied for a direction, each after those that it imports; the last one has the kernel.
-COPIED = {"forward": ("forward_kernel",), "backward": ("backward_step", "backward_kernel")}
+COPIED = {"forward": ("forward_kernel",), "backward": ("backward_step", "backward_wide", "backward_kernel")}
 
 # What every copy gets. `late` delays the calling warps irregularly, longer than a tile takes to arrive.
 SLEEP = """
@@ -42,9 +42,16 @@ class Edit(NamedTuple):
 
 
 class Mutant(NamedTuple):
+    """wide: it changes what head dims above 128 run in the backward, else what the others run."""
+
     name: str
     mode: str
     edits: tuple[Edit, ...]
+    wide: bool = False
+
+    def reaches(self, dim: int) -> bool:
+        """True where a call of that head dim runs what is changed."""
+        return self.mode == "forward" or self.wide == (dim > 128)
 
 
 def before(file: str, line: str, added: str) -> Edit:
@@ -63,6 +70,8 @@ _CLAIM_KEYS = "                full = pipes.keys.claim(n, k_desc.block_type.nbyt
 _CLAIM_QUERIES = "        full = pipes.queries.claim(n, self.q.block_type.nbytes + self.rows.block_type.nbytes)"
 _WALK = "    for j in range(gl.maximum(above - below, 0)):"
 _WAIT = "    q = pipes.queries.wait(n)"
+_HAND_OVER = "    weights.slot(n).store(handed)"
+_TAKE_OVER = "    p = weights.wait(n).load(LAYOUT)"
 
 DELAYED = (
     Mutant("late producer", "forward", (before("forward_kernel", _CLAIM_KEYS, "late(n)"),)),
@@ -80,6 +89,9 @@ DELAYED = (
         for w in (0, 1)
     ),
     Mutant("late dq", "backward", (after("backward_kernel", "    pipes.scores.await_full(n)", "late(n)"),)),
+    Mutant("late wide dq", "backward", (after("backward_kernel", "    pipes.scores.await_full(n)", "late(n)"),), True),
+    Mutant("late weights", "backward", (before("backward_wide", _HAND_OVER, "late(n)"),), True),
+    Mutant("late derivatives", "backward", (before("backward_wide", _TAKE_OVER, "late(n)"),), True),
 )
 
 # The tile comes late, and nobody waits for it. The slot is claimed in time, so that nobody waits forever either.
@@ -99,6 +111,15 @@ UNSAFE = (
             after("backward_kernel", _CLAIM_QUERIES, "sleep(20000)"),
             Edit("backward_step", "pipes.queries.wait(n)", "pipes.queries.slot(n)"),
         ),
+    ),
+    Mutant(
+        "no wait for weights",
+        "backward",
+        (
+            before("backward_wide", _HAND_OVER, "sleep(20000)"),
+            Edit("backward_wide", "weights.wait(n).load(LAYOUT)", "weights.slot(n).load(LAYOUT)"),
+        ),
+        True,
     ),
 )
 

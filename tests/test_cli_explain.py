@@ -102,24 +102,6 @@ def test_programs_of_the_hopper_kernels() -> None:
     assert few["programs"] == -(-100 // few["block_m"])
 
 
-def test_a_backward_on_another_backend() -> None:
-    result = explain("q=2,4096,16,256", *CALL[2:])
-    assert (result["backend"], result["backward_backend"]) == ("hopper", "triton")
-    assert [kernel["name"] for kernel in result["kernels"]] == ["forward", "backward, dq", "backward, dk and dv"]
-    text = CliRunner().invoke(app, ["explain", "q=2,4096,16,256", *CALL[2:]]).output
-    assert "hopper  chosen for the forward" in text
-    assert "triton  chosen for the backward" in text
-
-
-def test_a_backend_that_serves_the_forward_alone() -> None:
-    arguments = ("q=2,4096,16,256", *CALL[2:], "--backend", "hopper")
-    result = explain(*arguments)
-    assert (result["backend"], result["backward_backend"]) == ("hopper", None)
-    assert [kernel["name"] for kernel in result["kernels"]] == ["forward"]
-    assert result["traffic"]["backward"]["this kernel"] == 0
-    assert "hopper does not serve its backward" in CliRunner().invoke(app, ["explain", *arguments]).output
-
-
 def test_traffic_falls_from_standard_to_tiled_and_not_below_each_tensor_once() -> None:
     result = explain(*CALL, "--causal")
     for mode in ("forward", "backward"):

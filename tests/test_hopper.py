@@ -64,18 +64,6 @@ def test_every_row_fits_shared_memory_and_the_register_file(dim: int, causal: bo
     assert config.groups * consumer + producer <= (512 if config.groups == 3 else 504)
 
 
-def test_the_backward_of_large_head_dims_is_tritons() -> None:
-    large = replace(PLAIN, qk_dim=192, v_dim=192)
-    assert (dispatch.choose(large), dispatch.choose(large, backward=True)) == ("hopper", "triton")
-    with pytest.raises(NotImplementedError, match="up to head dim 128"):
-        dispatch.choose(large, "hopper", backward=True)
-
-
-def test_its_backward_serves_who_asks_for_it() -> None:
-    assert dispatch.choose(PLAIN, backward=True) == "triton"
-    assert dispatch.choose(PLAIN, "hopper", backward=True) == "hopper"
-
-
 def test_heavier_calls_get_smaller_tiles() -> None:
     plain = configs.forward(PLAIN)
     heavy = configs.forward(replace(PLAIN, bias="additive", bias_shape=(1, 1, 4096, 4096)))

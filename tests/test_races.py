@@ -29,6 +29,10 @@ CASES = (
     ),
     Case("uneven", "head dims that differ", q_len=300, k_len=900, dim=128, v_dim=64, dlse=True, deterministic=True),
     Case(
+        "wide", "a gradient to each consumer", q_len=500, k_len=300, heads=4, kv_heads=2, dim=256, mask=Causal(),
+        deterministic=True,
+    ),
+    Case(
         "features", "everything that a consumer may wait for besides", q_len=500, k_len=600, heads=4, kv_heads=2,
         dim=128, mask=Window(200, 50), softcap=5.0, alibi="heads", bias="additive", bias_axes="1hqk", sinks=True,
         dropout_p=0.2, deterministic=True,
@@ -62,8 +66,15 @@ class TestOnHopper:
         for _ in range(REPEATS):
             assert not differing(evaluate(case, inputs, "hopper"), expected)
 
-    @every_case
-    @pytest.mark.parametrize("mutant", DELAYED, ids=lambda mutant: mutant.name)
+    @pytest.mark.parametrize(
+        ("mutant", "case"),
+        [
+            pytest.param(mutant, case, id=f"{mutant.name}-{case}")
+            for mutant in DELAYED
+            for case in CASES
+            if mutant.reaches(case.dim)
+        ],
+    )
     def test_late_warps_change_nothing(self, mutant: Mutant, case: Case, tmp_path: Path) -> None:
         expected = results(case)
         with mutants.planted(mutant, tmp_path):
@@ -71,11 +82,12 @@ class TestOnHopper:
 
     @pytest.mark.parametrize("mutant", UNSAFE, ids=lambda mutant: mutant.name)
     def test_a_missing_wait_is_seen(self, mutant: Mutant, tmp_path: Path) -> None:
-        expected = results(CASES[0])
+        case = next(case for case in CASES if mutant.reaches(case.dim))
+        expected = results(case)
         with mutants.planted(mutant, tmp_path):
-            wrong = differing(results(CASES[0]), expected)
+            wrong = differing(results(case), expected)
         assert set(wrong) >= ({"out", "lse"} if mutant.mode == "forward" else {"dq", "dk"})
-        assert not differing(results(CASES[0]), expected)
+        assert not differing(results(case), expected)
 
 
 def test_the_comparison_sees_one_bit() -> None:

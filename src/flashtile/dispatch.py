@@ -16,9 +16,6 @@ from flashtile.problem import Problem
 
 BACKENDS = ("hopper", "triton", "blocked", "reference")
 
-# Of backwards. Hopper's has not passed all of its tests on a GPU since it was last changed: it serves who asks for it.
-BACKWARD_ORDER = ("triton", "blocked", "reference", "hopper")
-
 # On a CPU, Triton kernels only run in Triton's interpreter, which is for tests.
 CPU_ORDER = ("blocked", "reference", "triton", "hopper")
 
@@ -47,31 +44,21 @@ def explain(problem: Problem) -> dict[str, str | None]:
 
 
 @lru_cache(maxsize=4096)
-def choose(problem: Problem, requested: str | None = None, backward: bool = False) -> str:
+def choose(problem: Problem, requested: str | None = None) -> str:
     """The backend for a problem. A requested one is obeyed or refused, never replaced.
-
-    backward: for its backward, which another backend may serve than the forward: both keep to one lse, one dropout.
 
     Raises ValueError for an unknown name, NotImplementedError with every backend's reason where none can.
     """
     if requested is not None:
-        reason = _reason(requested, problem, backward)
+        reason = load(requested).supports(problem)
         if reason is not None:
             raise NotImplementedError(f"backend {requested!r} cannot serve {problem}: {reason}")
         return requested
-    order = BACKWARD_ORDER if backward else BACKENDS
-    for name in CPU_ORDER if problem.device == "cpu" else order:
-        if _reason(name, problem, backward) is None:
+    for name in CPU_ORDER if problem.device == "cpu" else BACKENDS:
+        if load(name).supports(problem) is None:
             return name
     reasons = "; ".join(f"{name}: {reason}" for name, reason in explain(problem).items())
     raise NotImplementedError(f"no backend can serve {problem}: {reasons}")
-
-
-def _reason(name: str, problem: Problem, backward: bool) -> str | None:
-    """Why a backend cannot serve a problem; one without `supports_backward` serves the backward of what it supports."""
-    backend = load(name)
-    supports = getattr(backend, "supports_backward", backend.supports) if backward else backend.supports
-    return supports(problem)
 
 
 @contextmanager

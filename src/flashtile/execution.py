@@ -54,7 +54,7 @@ def write_gradients(
     problem = describe(call)
     if problem.empty:
         return _backward_of_nothing(call, lse, dlse, dqkv, bias_grad)
-    return load(choose(problem, call.backend, True)).backward(problem, call, out, lse, dout, dlse, dqkv, bias_grad)
+    return load(choose(problem, call.backend)).backward(problem, call, out, lse, dout, dlse, dqkv, bias_grad)
 
 
 def empty_gradients(call: Call) -> tuple[Tensor, Tensor | None, Tensor | None]:

@@ -64,17 +64,20 @@ def run(options: Options) -> Result:
     mask = _mask(options)
     problem = _problem(options, mask)
     reasons = dispatch.explain(problem)
-    backend = _chosen(problem, options.backend, backward=False)
-    backward = None if backend is None else _chosen(problem, options.backend, backward=True)
+    try:
+        backend = dispatch.choose(problem, options.backend)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    except NotImplementedError:
+        backend = None
     lo, hi = traffic.interval_of_rows(_head(problem, mask, 1, 1))
     pairs = _pairs(problem, lo, hi)
-    kernels = [] if backend is None else kernels_of(problem, backend, backward)
-    needs = {} if options.compile is None else _resources(options.compile, problem, kernels)
+    kernels = [] if backend is None else kernels_of(problem, backend)
+    needs = {} if options.compile is None else _resources(options.compile, problem, backend, kernels)
     result: Result = {
         "ok": backend is not None,
         "problem": str(problem),
         "backend": backend,
-        "backward_backend": backward,
         "backends": reasons,
         "kernels": [
             {**_kernel(problem, kernel, lo, hi), "resources": needs.get(kernel.compiled_as or "")} for kernel in kernels
@@ -93,28 +96,16 @@ def run(options: Options) -> Result:
     return result
 
 
-def _chosen(problem: Problem, requested: str | None, backward: bool) -> str | None:
-    """The backend of the forward or of the backward, None where there is none."""
-    try:
-        return dispatch.choose(problem, requested, backward)
-    except ValueError as error:
-        raise UsageError(str(error)) from None
-    except NotImplementedError:
-        return None
-
-
-def _resources(target: str, problem: Problem, kernels: list[Kernel]) -> dict[str, Result]:
+def _resources(target: str, problem: Problem, backend: str | None, kernels: list[Kernel]) -> dict[str, Result]:
     """What each kernel takes of the target."""
-    for backend in dict.fromkeys(kernel.backend for kernel in kernels):
-        if backend not in COMPILED:
-            expected = " or ".join(COMPILED)
-            raise UsageError(f"--compile: got a call that the backend {backend} serves, expected {expected}")
-        if not re.fullmatch(COMPILED["triton"], target):
-            raise UsageError(f"--compile: got {target!r}, expected a target such as sm_90 or gfx942")
-        if not re.fullmatch(COMPILED[backend], target):
-            raise UsageError(f"--compile: got {target!r}, expected {COMPILED[backend]} for the backend {backend}")
+    if backend not in COMPILED:
+        raise UsageError(f"--compile: got a call that the backend {backend} serves, expected {' or '.join(COMPILED)}")
+    if not re.fullmatch(COMPILED["triton"], target):
+        raise UsageError(f"--compile: got {target!r}, expected a target such as sm_90 or gfx942")
+    if not re.fullmatch(COMPILED[backend], target):
+        raise UsageError(f"--compile: got {target!r}, expected {COMPILED[backend]} for the backend {backend}")
     try:
-        return resources_of(problem, kernels, target)
+        return resources_of(problem, backend, kernels, target)
     except ValueError as error:
         raise UsageError(f"--compile: {error}") from None
 

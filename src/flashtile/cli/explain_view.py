@@ -18,17 +18,12 @@ def show(result: Result) -> None:
     screen.print(f"[bold]{result['problem']}[/]", highlight=False)
     for name, reason in result["backends"].items():
         if name == result["backend"]:
-            alone = result["backward_backend"] != name
-            screen.print(f"  [bold green]{name}[/]  chosen{' for the forward' if alone else ''}")
-        elif name == result["backward_backend"]:
-            screen.print(f"  [bold green]{name}[/]  chosen for the backward")
+            screen.print(f"  [bold green]{name}[/]  chosen")
         else:
             screen.print(f"  [dim]{name}[/]  ", end="")
             screen.print("can too" if reason is None else reason, style="dim", markup=False, highlight=False)
     if result["backend"] is None:
         screen.print("[bold red]no backend serves this call[/]")
-    elif result["backward_backend"] is None:
-        screen.print(f"[bold red]{result['backend']} does not serve its backward[/]")
     pictures: dict[tuple[int, int], list[Result]] = {}
     for kernel in result["kernels"]:
         pictures.setdefault((kernel["block_m"], kernel["block_n"]), []).append(kernel)
@@ -84,8 +79,7 @@ def _costs(result: Result) -> Table:
         label = f"{name}, {tiles[name][0]} x {tiles[name][1]}" if name in tiles else name
         label = {"this kernel": "flashtile", "at least": "each tensor once"}.get(name, label)
         style = "bold green" if name == "this kernel" else ""
-        moved = (result["traffic"][mode][name] for mode in ("forward", "backward"))
-        table.add_row(label, *(size(count) if count else "-" for count in moved), style=style)
+        table.add_row(label, *(size(result["traffic"][mode][name]) for mode in ("forward", "backward")), style=style)
     table.add_section()
     table.add_row("floating-point operations", *(number(result["flops"][mode]) for mode in ("forward", "backward")))
     times = (("products at the machine's limit", "compute_ms"), ("each tensor once at its limit", "memory_ms"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from typing import Any
 
@@ -22,7 +22,7 @@ class Kernel:
     of keys and walks over queries, else the other way round. shares_keys: a program serves all query heads of a
     key-value head. adds_dq: dq is accumulated in slow memory. dense: the whole score matrix is stored. programs: at
     most so many, which then walk through the tiles; 0 is one for each tile. compiled_as: its name where Triton kernels
-    are compiled. backend: whose it is.
+    are compiled.
     """
 
     name: str
@@ -36,19 +36,11 @@ class Kernel:
     programs: int = 0
     compiled_as: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
-    backend: str = ""
 
 
-def kernels_of(problem: Problem, forward: str, backward: str | None) -> list[Kernel]:
-    """The kernels of the forward on one backend and of the backward on another, or none."""
-    tables = {"hopper": _hopper, "triton": _triton, "blocked": _blocked, "reference": _reference}
-    return [
-        replace(kernel, backend=backend)
-        for mode, backend in (("forward", forward), ("backward", backward))
-        if backend is not None
-        for kernel in tables[backend](problem)
-        if kernel.mode == mode
-    ]
+def kernels_of(problem: Problem, backend: str) -> list[Kernel]:
+    """The kernels of forward and backward."""
+    return {"hopper": _hopper, "triton": _triton, "blocked": _blocked, "reference": _reference}[backend](problem)
 
 
 def _triton(problem: Problem) -> list[Kernel]:
@@ -75,12 +67,12 @@ def _triton(problem: Problem) -> list[Kernel]:
 
 
 def _hopper(problem: Problem) -> list[Kernel]:
-    from flashtile.backends import hopper
     from flashtile.backends.hopper import backward_configs, configs
 
     forward = configs.forward(problem)
     assert forward is not None, problem
-    kernels = [
+    backward = backward_configs.pick(problem)
+    return [
         Kernel(
             "forward",
             "forward",
@@ -89,23 +81,25 @@ def _hopper(problem: Problem) -> list[Kernel]:
             programs=_H100_MULTIPROCESSORS,
             compiled_as="forward",
             settings={key: value for key, value in asdict(forward).items() if key != "block_n"},
-        )
-    ]
-    if hopper.supports_backward(problem) is not None:
-        return kernels
-    backward = backward_configs.pick(problem)
-    settings = {key: value for key, value in asdict(backward).items() if key != "block_m"}
-    tile = (backward.block_m, backward.block_n)
-    return [
-        *kernels,
-        Kernel("backward", "backward", *tile, True, True, True, compiled_as="backward", settings=settings),
+        ),
+        Kernel(
+            "backward",
+            "backward",
+            backward.block_m,
+            backward.block_n,
+            by_keys=True,
+            shares_keys=True,
+            adds_dq=True,
+            compiled_as="backward",
+            settings={key: value for key, value in asdict(backward).items() if key != "block_m"},
+        ),
     ]
 
 
-def resources_of(problem: Problem, kernels: list[Kernel], target: str) -> dict[str, dict[str, int]]:
+def resources_of(problem: Problem, backend: str, kernels: list[Kernel], target: str) -> dict[str, dict[str, int]]:
     """Registers and spilled bytes of a thread and bytes of shared memory of each kernel, compiled for a target.
 
-    kernels: of backends in COMPILED. Raises ValueError where Triton cannot compile here.
+    backend: one of COMPILED. Raises ValueError where Triton cannot compile here.
     """
     import triton
 
@@ -113,12 +107,9 @@ def resources_of(problem: Problem, kernels: list[Kernel], target: str) -> dict[s
         raise ValueError("Triton runs in its interpreter (TRITON_INTERPRET) and compiles nothing")
     from flashtile.gpu import binary
 
-    found = {}
-    for kernel in kernels:
-        if kernel.compiled_as is not None:
-            compiler = import_module(f"flashtile.backends.{kernel.backend}.compile")
-            found[kernel.compiled_as] = binary.read(compiler.compiled(kernel.compiled_as, problem, target))._asdict()
-    return found
+    compiler = import_module(f"flashtile.backends.{backend}.compile")
+    names = [kernel.compiled_as for kernel in kernels]
+    return {name: binary.read(compiler.compiled(name, problem, target))._asdict() for name in names if name is not None}
 
 
 def _blocked(problem: Problem) -> list[Kernel]:

@@ -38,9 +38,6 @@ class Report:
         return f"{self.case.id} on {self.backend}, {dtype}, {self.device}: {self.share:.0%} of the error budget"
 
 
-CHOSEN = "chosen"  # stands for the backend, or the two, that the library chooses itself
-
-
 def run_case(
     case: Case, backend: str, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0, grads: bool = True
 ) -> Report:
@@ -48,7 +45,7 @@ def run_case(
 
     Args:
         case: from `cases.CASES`, `real_cases.REAL_CASES` or one's own.
-        backend: the name that the call asks for, or CHOSEN.
+        backend: the name that the call asks for.
         seed: chooses the values; equal seeds give equal inputs everywhere.
         grads: False leaves the backward out.
 
@@ -109,7 +106,7 @@ def call(case: Case, inputs: Inputs, backend: str) -> tuple[Tensor, Tensor]:
         "dropout_p": case.dropout_p,
         "deterministic": case.deterministic,
         "return_lse": True,
-        "backend": None if backend == CHOSEN else backend,
+        "backend": backend,
     }
     if not case.varlen:
         return flashtile.attention(inputs.q, inputs.k, inputs.v, **features)  # type: ignore[return-value, arg-type]

@@ -14,7 +14,7 @@ from flashtile.backends.hopper import configs
 from flashtile.gpu import arguments, mailbox
 from flashtile.problem import Call, Problem
 
-__all__ = ["backward", "forward", "supports", "supports_backward"]
+__all__ = ["backward", "forward", "supports"]
 
 
 def supports(problem: Problem) -> str | None:
@@ -28,13 +28,6 @@ def supports(problem: Problem) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     return None
-
-
-def supports_backward(problem: Problem) -> str | None:
-    """The same for the backward."""
-    if max(problem.qk_dim, problem.v_dim) > 128:
-        return "its backward holds dk and dv in registers, which is possible up to head dim 128"
-    return supports(problem)
 
 
 def forward(problem: Problem, call: Call, out: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from flashtile.backends.hopper import configs
 from flashtile.problem import Problem
 
 
@@ -12,7 +13,8 @@ from flashtile.problem import Problem
 class Config:
     """Tile sizes and roles of the backward kernel.
 
-    block_m: query rows of a step. groups: consumer warp groups of 64 keys. stages: slots of the ring of query and dO
+    block_m: query rows of a step. groups: consumer warp groups of 64 keys; with one group of keys, two consumers share
+    them, one for each gradient (backward_wide.py). stages: slots of the ring of query and dO
     tiles. slots: of the shared memory through which dQ leaves. registers: of a thread of a consumer, of the warp group
     that makes dQ and of the warp that loads; warp groups of four warps share 512, and the loading warp counts as one.
     With three groups there is none left: the one that makes dQ loads, too.
@@ -25,12 +27,12 @@ class Config:
     registers: tuple[int, int, int]
 
     def __post_init__(self) -> None:
-        if self.groups not in (2, 3):
-            raise ValueError(f"groups: got {self.groups}, expected 2 or 3")
+        if self.groups not in (1, 2, 3):
+            raise ValueError(f"groups: got {self.groups}, expected 1, 2 or 3")
         if self.block_m not in (64, 128):
             raise ValueError(f"block_m: got {self.block_m}, expected 64 or 128")
         consume, reduce, load = self.registers
-        if self.groups * consume + reduce + load > 512:
+        if max(2, self.groups) * consume + reduce + load > 512:
             raise ValueError(f"registers: got {self.registers} with {self.groups} groups, expected at most 512 in all")
 
     @property
@@ -50,7 +52,21 @@ class Row(NamedTuple):
 BACKWARD = (
     Row(64, Config(64, 3, 4, 2, (144, 80, 0))),  # 511 / 434; two consumers and steps of 128 rows 483 / 407
     Row(128, Config(64, 2, 3, 2, (208, 72, 24))),  # 565 / 497; two stages 2 % less
+    Row(256, Config(64, 1, 2, 2, (208, 72, 24))),
 )
+
+
+def widths(problem: Problem) -> tuple[int, int]:
+    """Columns of the tiles of q and k, and of v: where one of them is above 128, both gradients come in halves."""
+    dim, v_dim = configs.width(problem.qk_dim), configs.width(problem.v_dim)
+    least = 128 if max(dim, v_dim) > 128 else 0
+    return max(dim, least), max(v_dim, least)
+
+
+def accumulator_columns(problem: Problem) -> int:
+    """Columns of the [64, C] parts in which dQ leaves and is accumulated: beside wide tiles no two of 64 fit."""
+    dim, _ = widths(problem)
+    return min(dim, 32 if pick(problem).groups == 1 else 64)
 
 
 def pick(problem: Problem) -> Config:

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flashtile.backends.hopper import backward_configs, descriptors, launch
+from flashtile.backends.hopper import backward_configs, launch
 from flashtile.backends.hopper.strides import aligned_strides
 from flashtile.gpu import arguments
 from flashtile.gpu.sequences import past_end, place, scratch_row, sequence
@@ -87,7 +87,7 @@ def prepare(
     block_m = backward_configs.pick(problem).block_m
     tiles = max(1, triton.cdiv(problem.q_len, block_m))  # one, so that rows of no sequence are cleared
     programs = (problem.batch + problem.varlen) * problem.q_heads
-    dim = descriptors.width(problem.qk_dim)
+    dim, v_dim = backward_configs.widths(problem)
     strides, align = aligned_strides(problem, {"x": dq, "z": dk, "w": dv})
     values = {
         **arguments.scalars(problem, call),
@@ -97,10 +97,10 @@ def prepare(
         "programs": programs,
         "section": 1,
         "BLOCK_M": block_m,
-        "C": min(dim, 64),
+        "C": backward_configs.accumulator_columns(problem),
         "D": dim,
         "DIM": problem.qk_dim,
-        "DV": descriptors.width(problem.v_dim),
+        "DV": v_dim,
         "DIM_V": problem.v_dim,
         "VARLEN": problem.varlen,
     }

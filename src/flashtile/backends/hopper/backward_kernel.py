@@ -20,6 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from flashtile.backends.hopper.backward_step import BiasGradient, keys_of, walk
+from flashtile.backends.hopper.backward_wide import consume_keys, consume_values
 from flashtile.backends.hopper.backward_work import KEYS, Mask, Pipes, Scoring, place_of
 from flashtile.backends.hopper.descriptors import load_rows, store_rows, swizzled
 from flashtile.backends.hopper.dialect import aggregate, barrier, load, reduce_add
@@ -132,6 +133,17 @@ class Turns:
 
 
 @gluon.jit
+def _leave(dq_desc, dq, part, turn, pipes):
+    """Part number `part` [64, C] of dQ starts on its way to the accumulator, through a slot known to be empty."""
+    C: gl.constexpr = dq.shape[1]
+    slot = pipes.exits.index(turn % pipes.SLOTS)
+    slot.store(dq.reshape([4, 2, 8, C // 8, 4, 2]).permute([3, 0, 2, 4, 1, 5]).reshape([C // 4, 256]))
+    fence_async_shared()
+    barrier()
+    reduce_add(dq_desc, [part * (C // 4), 0], slot)
+
+
+@gluon.jit
 def _add(dq_desc, block, n, pipes, FROM: gl.constexpr, TO: gl.constexpr):
     """dQ of step n, made from the dS of consumers FROM to TO, starts on its way to block `block` of the accumulator.
 
@@ -139,6 +151,7 @@ def _add(dq_desc, block, n, pipes, FROM: gl.constexpr, TO: gl.constexpr):
     is 16 bytes wide and free of bank conflicts.
     """
     C: gl.constexpr = min(pipes.D, 64)
+    LEAVING: gl.constexpr = pipes.exits.shape[1] * 4
     COLUMNS: gl.constexpr = pipes.D // C
     PARTS: gl.constexpr = pipes.BLOCK_M // 64 * COLUMNS
     pipes.scores.await_full(n)
@@ -154,11 +167,14 @@ def _add(dq_desc, block, n, pipes, FROM: gl.constexpr, TO: gl.constexpr):
             pipes.scores.release(n)
         else:
             barrier()
-        slot = pipes.exits.index((n * PARTS + part) % pipes.SLOTS)
-        slot.store(dq.reshape([4, 2, 8, C // 8, 4, 2]).permute([3, 0, 2, 4, 1, 5]).reshape([C // 4, 256]))
-        fence_async_shared()
-        barrier()
-        reduce_add(dq_desc, [(block * PARTS + part) * (C // 4), 0], slot)
+        if LEAVING == C:
+            _leave(dq_desc, dq, block * PARTS + part, n * PARTS + part, pipes)
+        else:
+            left, right = dq.reshape([64, 2, LEAVING]).permute([0, 2, 1]).split()
+            _leave(dq_desc, left, 2 * (block * PARTS + part), 0, pipes)
+            tma.store_wait(pipes.SLOTS - 1)
+            barrier()
+            _leave(dq_desc, right, 2 * (block * PARTS + part) + 1, 1, pipes)
 
 
 @gluon.jit
@@ -293,19 +309,33 @@ def backward_kernel(
     do_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, DV], swizzled(2, DV))
     ds_tiles = gl.allocate_shared_memory(dtype, [2 * GROUPS, KEYS, BLOCK_M], swizzled(2, BLOCK_M))
     rows = gl.allocate_shared_memory(gl.float32, [STAGES, 2, BLOCK_M], rows_desc.layout)
-    exits = gl.allocate_shared_memory(gl.float32, [SLOTS, min(D, 64) // 4, 256], dq_desc.layout)
-    empty = barriers(STAGES, GROUPS)
+    exits = gl.allocate_shared_memory(gl.float32, [SLOTS, dq_desc.block_type.shape[0], 256], dq_desc.layout)
+    empty = barriers(STAGES, 2 if GROUPS == 1 else GROUPS)
+    read = barriers(2, 1)
     pipes = Pipes(
         keys, values, barriers(2, 1), barriers(1, 1), Ring(q_tiles, barriers(STAGES, 1), empty, STAGES), rows,
-        Ring(do_tiles, barriers(STAGES, 1), empty, STAGES), Ring(ds_tiles, barriers(2, GROUPS), barriers(2, 1), 2),
+        Ring(do_tiles, barriers(STAGES, 1), empty, STAGES), Ring(ds_tiles, barriers(2, GROUPS), read, 2),
         exits, GROUPS, BLOCK_M, D, DV, SLOTS, GROUPED,
     )  # fmt: skip
     turns = Turns(counters, DETERMINISTIC)
+    if GROUPS == 1:
+        weights = Ring(ds_tiles, barriers(2, 1), read, 2)  # P, until dS takes its place
     fence_async_shared()
     barrier()
     sources = Sources(q_desc, k_desc, v_desc, do_desc, rows_desc, spans[0][0], spans[GROUPS - 1][3])
     # Consumers come as workers: in the default partition the compiler keeps more addresses in registers than there are.
-    if GROUPS == 2:
+    if GROUPS == 1:
+        gl.warp_specialize(
+            [
+                (_reduce, (dq_desc, turns, sources, pipes, place, mask, spans, False)),
+                (consume_values, (dv_desc, pipes, weights, place, mask, scoring, spans[0])),
+                (consume_keys, (dk_desc, pipes, weights, place, mask, scoring, bias_gradient, spans[0])),
+                (_load, (sources, pipes, place)),
+            ],
+            [4, 4, 1],
+            [CONSUME_REGISTERS, CONSUME_REGISTERS, LOAD_REGISTERS],
+        )
+    elif GROUPS == 2:
         gl.warp_specialize(
             [
                 (_reduce, (dq_desc, turns, sources, pipes, place, mask, spans, False)),

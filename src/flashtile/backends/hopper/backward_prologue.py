@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flashtile.backends.hopper import descriptors, launch
+from flashtile.backends.hopper import backward_configs, launch
 from flashtile.backends.hopper.strides import aligned_strides
 from flashtile.gpu import arguments
 from flashtile.gpu.scores import LOG2E
@@ -102,6 +102,7 @@ def prepare(
     out, dout = tensors[:2]
     kind, dlse = variant
     programs = problem.batch * problem.q_heads
+    dim, v_dim = backward_configs.widths(problem)
     strides, align = aligned_strides(problem, {"o": out, "y": dout})
     values = {
         **arguments.scalars(problem, call),
@@ -111,9 +112,9 @@ def prepare(
         "programs": programs,
         "section": 1,
         "ROWS": ROWS,
-        "D": descriptors.width(problem.qk_dim),
+        "D": dim,
         "DIM_V": problem.v_dim,
-        "DV": descriptors.width(problem.v_dim),
+        "DV": v_dim,
         "VARLEN": problem.varlen,
         "SINKS": problem.sinks,
         "DLSE": dlse,

@@ -111,7 +111,7 @@ class BiasGradient:
 
 
 @gluon.jit
-def _load_bias(m, keys, scoring):
+def load_bias(m, keys, scoring):
     """The bias of a transposed tile of scores, 0 without one."""
     if scoring.BIAS == "none":
         return 0.0
@@ -125,7 +125,7 @@ def _load_bias(m, keys, scoring):
 
 
 @gluon.jit
-def _kept_bits(m, keys, scoring):
+def kept_bits(m, keys, scoring):
     """[64, 4]: what dropout keeps of a tile, one bit for each value that a thread holds of a row; 0 without dropout.
 
     Made while S is being multiplied, when registers are free. A thread and the one that holds the neighbouring keys,
@@ -160,17 +160,17 @@ def _from_neighbour(x):
 
 
 @gluon.jit
-def _kept(bits, keys):
-    """The bits of `_kept_bits` as booleans, [64, BLOCK_M]."""
+def kept(bits, keys):
+    """The bits of `kept_bits` as booleans, [64, BLOCK_M]."""
     BLOCK_M: gl.constexpr = keys.BLOCK_M
     line = keys.line()
     places = gl.zeros([KEYS, BLOCK_M], gl.int32, accumulator(BLOCK_M)) + ((line >> 3) | ((line & 1) << 4))[None, :]
-    kept = (bits[:, None, :, None] >> places.reshape([KEYS, BLOCK_M // 8, 4, 2])) & 1
-    return gl.convert_layout(kept.reshape([KEYS, BLOCK_M]), accumulator(BLOCK_M)) != 0
+    chosen = (bits[:, None, :, None] >> places.reshape([KEYS, BLOCK_M // 8, 4, 2])) & 1
+    return gl.convert_layout(chosen.reshape([KEYS, BLOCK_M]), accumulator(BLOCK_M)) != 0
 
 
 @gluon.jit
-def _exponents(s, lse, bias, m, keys, mask, scoring, MASKED: gl.constexpr):
+def exponents(s, lse, bias, m, keys, mask, scoring, MASKED: gl.constexpr):
     """(log2 of P^T, tanh of the softcap) from raw products."""
     line = keys.line()
     capped = s
@@ -215,7 +215,7 @@ def _multiply(a, b):
 
 
 @gluon.jit
-def _score_gradients(p, dp, delta, scoring):
+def score_gradients(p, dp, delta, scoring):
     """dS^T = P^T (dP^T - delta) in 16 bits, before the softcap's derivative. P is negative where dropout drops it: its
     size counts, and dP is 0.
     """
@@ -249,7 +249,7 @@ def _signed_product(p, kept, dropped):
 
 
 @gluon.jit
-def _positive(p):
+def positive(p):
     """What is positive of 16-bit values, 0 for the rest, two at a time."""
     if p.dtype == gl.bfloat16:
         return gl.inline_asm_elementwise(
@@ -270,15 +270,15 @@ def _step(dk, dv, sums, n, m, pipes, keys, mask, scoring, dbias, WG: gl.constexp
     k = pipes.keys.index(WG)
     v = pipes.values.index(WG)
     zero = gl.zeros([KEYS, pipes.BLOCK_M], gl.float32, LAYOUT)
-    bias = _load_bias(m, keys, scoring)
+    bias = load_bias(m, keys, scoring)
     q = pipes.queries.wait(n)
     running = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
-    bits = _kept_bits(m, keys, scoring)
+    bits = kept_bits(m, keys, scoring)
     s = warpgroup_mma_wait(0, deps=(running,))
-    x, capped = _exponents(s, pipes.of_rows(n, 0, LAYOUT), bias, m, keys, mask, scoring, MASKED)
+    x, capped = exponents(s, pipes.of_rows(n, 0, LAYOUT), bias, m, keys, mask, scoring, MASKED)
     p = gl.exp2(x)
     if scoring.DROPOUT:
-        p = gl.where(_kept(bits, keys), p, -p)
+        p = gl.where(kept(bits, keys), p, -p)
     p = p.to(k.dtype)
     do = pipes.douts.wait(n)
     running = warpgroup_mma(v, do.permute((1, 0)), zero, use_acc=False, is_async=True)
@@ -286,8 +286,8 @@ def _step(dk, dv, sums, n, m, pipes, keys, mask, scoring, dbias, WG: gl.constexp
         # dV comes later: its operand, what is kept of P, would take registers beside P.
         delta = pipes.of_rows(n, 1, LAYOUT)
         dp = warpgroup_mma_wait(0, deps=(running,))
-        ds = _score_gradients(p, dp, delta, scoring)
-        dv_running = warpgroup_mma(gl.convert_layout(_positive(p), left_operand(pipes.DV)), do, dv, is_async=True)
+        ds = score_gradients(p, dp, delta, scoring)
+        dv_running = warpgroup_mma(gl.convert_layout(positive(p), left_operand(pipes.DV)), do, dv, is_async=True)
     else:
         dv_running = warpgroup_mma(gl.convert_layout(p, left_operand(pipes.DV)), do, dv, is_async=True)
         if not LATE:
@@ -295,18 +295,18 @@ def _step(dk, dv, sums, n, m, pipes, keys, mask, scoring, dbias, WG: gl.constexp
         dp = warpgroup_mma_wait(1, deps=(running,))
         if LATE:
             delta = pipes.of_rows(n, 1, LAYOUT)
-        ds = _score_gradients(p, dp, delta, scoring)
+        ds = score_gradients(p, dp, delta, scoring)
     if dbias.KIND == "column":
         sums += partial_sums(ds.to(gl.float32))
     elif dbias.KIND != "none":
         dbias.take(ds, m, keys, scoring)
     if scoring.SOFTCAP != "none":
         ds = _multiply(ds, (1.0 - capped * capped).to(k.dtype))
-    pipes.await_scores_read(n)
+    pipes.scores.await_empty(n)
     pipes.scores_of(n, WG).store(ds)
     fence_async_shared()
     dk_running = warpgroup_mma(gl.convert_layout(ds, left_operand(pipes.D)), q, dk, is_async=True)
-    pipes.announce_scores(n)
+    pipes.scores.announce(n)
     dv, dk = warpgroup_mma_wait(0, deps=(dv_running, dk_running))
     pipes.queries.release(n)
     return dk, dv, sums

@@ -2,7 +2,6 @@
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from flashtile.backends.hopper.dialect import aggregate, reinterpret
 from flashtile.backends.hopper.rings import Ring
@@ -128,11 +127,14 @@ class Mask:
     def walks(self, place, GROUPS: gl.constexpr):
         """The walks of all consumers."""
         first = self.walk(place.first_key, place)
-        second = self.next_walk(place.first_key + KEYS, first[3], first[3], place)
-        if GROUPS == 2:
-            return first, second
+        if GROUPS == 1:
+            return (first,)
         else:
-            return first, second, self.next_walk(place.first_key + 2 * KEYS, first[3], second[3], place)
+            second = self.next_walk(place.first_key + KEYS, first[3], first[3], place)
+            if GROUPS == 2:
+                return first, second
+            else:
+                return first, second, self.next_walk(place.first_key + 2 * KEYS, first[3], second[3], place)
 
 
 @aggregate
@@ -207,22 +209,12 @@ class Pipes:
         return self.scores.buffers.index(n % self.scores.STAGES * self.GROUPS + w)
 
     @gluon.jit
-    def await_scores_read(self, n):
-        """A consumer's: waits until the slot of dS of step n has been read."""
-        mbarrier.wait(self.scores.empty.index(n % self.scores.STAGES), ((n // self.scores.STAGES) & 1) ^ 1)
-
-    @gluon.jit
-    def announce_scores(self, n):
-        """A consumer's: its dS of step n is in shared memory."""
-        mbarrier.arrive(self.scores.full.index(n % self.scores.STAGES), count=1)
-
-    @gluon.jit
     def skip(self, n, count):
         """A consumer's: `count` steps whose rows see none of its keys. Returns the step after them."""
         for _ in range(count):
             self.queries.await_full(n)
-            self.await_scores_read(n)
-            self.announce_scores(n)
+            self.scores.await_empty(n)
+            self.scores.announce(n)
             self.queries.release(n)
             n += 1
         return n

@@ -11,18 +11,19 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from flashtile.backends.hopper import (
+    backward_configs,
     backward_epilogue,
     backward_pass,
     backward_prologue,
-    descriptors,
     forward_pass,
     launch,
-    supports_backward,
 )
 from flashtile.backends.hopper.backward_kernel import backward_kernel
 from flashtile.backends.hopper.forward_kernel import forward_kernel
 from flashtile.gpu import arguments, bias_gradient, binary
 from flashtile.problem import Call, Problem
+
+KERNELS = ("forward", "prologue", "backward", "epilogue")
 
 
 class _Launch(NamedTuple):
@@ -35,16 +36,12 @@ class _Launch(NamedTuple):
 
 
 def resources(problem: Problem, target_name: str = "sm_90") -> dict[str, binary.Resources]:
-    """Compiles every kernel that forward and backward of this problem launch."""
-    return {name: binary.read(compiled(name, problem, target_name)) for name in kernels(problem)}
-
-
-def kernels(problem: Problem) -> list[str]:
-    return ["forward"] if supports_backward(problem) else ["forward", "prologue", "backward", "epilogue"]
+    """Compiles the KERNELS of a problem."""
+    return {name: binary.read(compiled(name, problem, target_name)) for name in KERNELS}
 
 
 def compiled(name: str, problem: Problem, target_name: str = "sm_90") -> Any:
-    """Triton's CompiledKernel of one of `kernels(problem)`."""
+    """Triton's CompiledKernel of one of KERNELS."""
     kernel, boxed, tensors, plan = _launch(name, problem)
     runtime = [parameter.name for parameter in kernel.params if parameter.do_not_specialize]
     found = binary.signature(kernel, plan.describe(boxed), tensors, plan.values, runtime)
@@ -65,7 +62,7 @@ def _launch(name: str, problem: Problem) -> _Launch:
         return _Launch(forward_kernel, boxed, (out, lse, *extras), plan)
     kind = bias_gradient.kind(problem) if problem.bias == "additive" else "none"
     rows = lse.new_empty(2, arguments.scratch_rows(problem))
-    accumulated = lse.new_empty(rows.shape[1] * descriptors.width(problem.qk_dim) // 256, 256)
+    accumulated = lse.new_empty(rows.shape[1] * backward_configs.widths(problem)[0] // 256, 256)
     dbias = _bias_memory(problem, call, kind, rows)
     counters = lse.new_empty(rows.shape[1] // 64, dtype=torch.int32)
     if name == "prologue":

@@ -109,6 +109,11 @@ def forward(problem: Problem) -> Config | None:
     return None
 
 
+def width(dim: int) -> int:
+    """Columns of a tile for a head dim: a power of two, of which TMA fills what is beyond the head dim with 0."""
+    return max(32, 1 << (dim - 1).bit_length())
+
+
 def weight(problem: Problem) -> int:
     """How many registers the features of a call take."""
     changes = (problem.dropout_p > 0) + (problem.softcap > 0) + problem.alibi + 2 * (problem.bias is not None)

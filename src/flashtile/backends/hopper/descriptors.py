@@ -10,7 +10,6 @@ from __future__ import annotations
 from functools import lru_cache
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -18,7 +17,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from flashtile.backends.hopper.dialect import load, reinterpret, store
 
-__all__ = ["aligned", "aligned_like", "fits", "load_rows", "rows", "store_rows", "swizzled", "width"]
+__all__ = ["aligned", "aligned_like", "fits", "load_rows", "rows", "store_rows", "swizzled"]
 
 _BYTES = 16  # what TMA wants addresses and strides to be multiples of
 _ENDLESS = 0x7FFF0000
@@ -37,11 +36,6 @@ def rows(tensor: Tensor, ROWS: int, DIM: int, varlen: bool) -> TensorDescriptor:
         shape = [_ENDLESS, _ENDLESS, RAGGED.value, *shape[1:]]
         strides = [2**34 - step, step, *strides]
     return TensorDescriptor(tensor, shape, strides, box, swizzled(tensor.element_size(), DIM, len(box)))
-
-
-def width(dim: int) -> int:
-    """Columns of a tile for a head dim: a power of two, of which TMA fills what is beyond the head dim with 0."""
-    return max(32, triton.next_power_of_2(dim))
 
 
 @gluon.constexpr_function

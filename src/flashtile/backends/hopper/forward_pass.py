@@ -77,7 +77,7 @@ def prepare(problem: Problem, call: Call, boxed: tuple[Tensor, ...], variant: tu
 
     def describe(boxed: tuple[Tensor, ...]) -> tuple[Any, ...]:
         q, k, v, out = boxed
-        dim, v_dim = descriptors.width(problem.qk_dim), descriptors.width(problem.v_dim)
+        dim, v_dim = configs.width(problem.qk_dim), configs.width(problem.v_dim)
         return (
             descriptors.rows(q, 64, dim, problem.varlen),
             descriptors.rows(k, config.block_n, dim, problem.varlen),

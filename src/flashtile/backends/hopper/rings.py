@@ -28,10 +28,20 @@ class Ring:
     @gluon.jit
     def claim(self, n, NBYTES: gl.constexpr):
         """The producer's: waits until slot n is empty and announces its bytes; returns the barrier they arrive at."""
-        mbarrier.wait(self.empty.index(n % self.STAGES), ((n // self.STAGES) & 1) ^ 1)
+        self.await_empty(n)
         full = self.full.index(n % self.STAGES)
         mbarrier.expect(full, NBYTES)
         return full
+
+    @gluon.jit
+    def await_empty(self, n):
+        """A producer's that writes by itself: waits until slot n is empty."""
+        mbarrier.wait(self.empty.index(n % self.STAGES), ((n // self.STAGES) & 1) ^ 1)
+
+    @gluon.jit
+    def announce(self, n):
+        """Such a producer's: it has written slot n."""
+        mbarrier.arrive(self.full.index(n % self.STAGES), count=1)
 
     @gluon.jit
     def await_full(self, n):

@@ -1,0 +1,161 @@
+"""The backward's consumers for head dims above 128, where dK and dV of 64 keys fill the registers of a group each.
+
+Both know all 64 keys: one makes P and sums dV, the other makes dS from that P and sums dK. Each gradient is held as a
+left and a right half: ptxas refuses a product whose accumulator takes more registers than a thread starts with.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from flashtile.backends.hopper.backward_step import (
+    exponents,
+    kept,
+    kept_bits,
+    keys_of,
+    load_bias,
+    positive,
+    score_gradients,
+)
+from flashtile.backends.hopper.backward_work import KEYS
+from flashtile.backends.hopper.descriptors import store_rows
+from flashtile.backends.hopper.dialect import barrier
+from flashtile.backends.hopper.tiles import accumulator, left_operand, partial_sums
+
+
+@gluon.jit
+def _add_product(left, right, a, b):
+    """Starts to add a b to a sum in two halves; a is in registers, b a tile of rows in shared memory."""
+    HALF: gl.constexpr = left.shape[1]
+    a = gl.convert_layout(a, left_operand(HALF))
+    left = warpgroup_mma(a, b.slice(0, HALF, dim=1), left, is_async=True)
+    right = warpgroup_mma(a, b.slice(HALF, HALF, dim=1), right, is_async=True)
+    return left, right
+
+
+@gluon.jit
+def _weigh(left, right, n, m, pipes, weights, keys, mask, scoring, MASKED: gl.constexpr):
+    """P^T of the query rows from m, handed over, and its product with dO added to dV."""
+    k = pipes.keys.index(0)
+    zero = gl.zeros([KEYS, pipes.BLOCK_M], gl.float32, accumulator(pipes.BLOCK_M))
+    bias = load_bias(m, keys, scoring)
+    q = pipes.queries.wait(n)
+    running = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
+    bits = kept_bits(m, keys, scoring)
+    s = warpgroup_mma_wait(0, deps=(running,))
+    lse = pipes.of_rows(n, 0, accumulator(pipes.BLOCK_M))
+    x, capped = exponents(s, lse, bias, m, keys, mask, scoring, MASKED)
+    p = gl.exp2(x)
+    if scoring.DROPOUT:
+        p = gl.where(kept(bits, keys), p, -p)
+    p16 = p.to(k.dtype)
+    handed = p16
+    if scoring.SOFTCAP != "none":
+        handed = (p * (1.0 - capped * capped)).to(k.dtype)
+    if scoring.DROPOUT:
+        p16 = positive(p16)
+    weights.await_empty(n)
+    weights.slot(n).store(handed)
+    weights.announce(n)
+    do = pipes.douts.wait(n)
+    left, right = _add_product(left, right, p16, do)
+    left, right = warpgroup_mma_wait(0, deps=(left, right))
+    pipes.queries.release(n)
+    return left, right
+
+
+@gluon.jit
+def _differentiate(left, right, sums, n, m, pipes, weights, keys, scoring, dbias):
+    """dS^T of the query rows from m, handed over, and its product with Q added to dK. What P hides is 0 here, too."""
+    LAYOUT: gl.constexpr = accumulator(pipes.BLOCK_M)
+    v = pipes.values.index(0)
+    zero = gl.zeros([KEYS, pipes.BLOCK_M], gl.float32, LAYOUT)
+    do = pipes.douts.wait(n)
+    running = warpgroup_mma(v, do.permute((1, 0)), zero, use_acc=False, is_async=True)
+    p = weights.wait(n).load(LAYOUT)
+    q = pipes.queries.wait(n)
+    delta = pipes.of_rows(n, 1, LAYOUT)
+    dp = warpgroup_mma_wait(0, deps=(running,))
+    ds = score_gradients(p, dp, delta, scoring)
+    if dbias.KIND == "column":
+        sums += partial_sums(ds.to(gl.float32))
+    elif dbias.KIND != "none":
+        dbias.take(ds, m, keys, scoring)
+    pipes.scores_of(n, 0).store(ds)  # where P was
+    fence_async_shared()
+    left, right = _add_product(left, right, ds, q)
+    pipes.scores.announce(n)
+    left, right = warpgroup_mma_wait(0, deps=(left, right))
+    pipes.queries.release(n)
+    return left, right, sums
+
+
+@gluon.jit
+def consume_values(dv_desc, pipes, weights, place, mask, scoring, span):
+    """dV of the program's keys."""
+    HALF: gl.constexpr = pipes.DV // 2
+    left = gl.zeros([KEYS, HALF], gl.float32, accumulator(HALF))
+    right = left
+    mbarrier.wait(pipes.loaded.index(0), 0)
+    start, full, partial, stop = span
+    n = 0
+    for g in range(place.group if pipes.GROUPED else 1):
+        keys = keys_of(place, mask, scoring, g, 0)
+        if mask.KIND != "none" or mask.RAGGED:
+            for i in range(start, full):
+                left, right = _weigh(left, right, n, i * pipes.BLOCK_M, pipes, weights, keys, mask, scoring, True)
+                n += 1
+        for i in range(gl.maximum(full, start), partial):
+            left, right = _weigh(left, right, n, i * pipes.BLOCK_M, pipes, weights, keys, mask, scoring, False)
+            n += 1
+        if mask.LEFT:
+            for i in range(gl.maximum(partial, start), stop):
+                left, right = _weigh(left, right, n, i * pipes.BLOCK_M, pipes, weights, keys, mask, scoring, True)
+                n += 1
+    scale = 1.0
+    if scoring.DROPOUT:
+        scale = scoring.keep_scale
+    _leave(dv_desc, left * scale, right * scale, pipes.values.index(0), pipes, place)
+
+
+@gluon.jit
+def consume_keys(dk_desc, pipes, weights, place, mask, scoring, dbias, span):
+    """dK of the program's keys."""
+    HALF: gl.constexpr = pipes.D // 2
+    left = gl.zeros([KEYS, HALF], gl.float32, accumulator(HALF))
+    right = left
+    mbarrier.wait(pipes.loaded.index(1), 0)
+    start, _, _, stop = span
+    n = 0
+    for g in range(place.group if pipes.GROUPED else 1):
+        keys = keys_of(place, mask, scoring, g, 0)
+        sums = dbias.no_sums(pipes.BLOCK_M)
+        for i in range(start, stop):
+            m = i * pipes.BLOCK_M
+            left, right, sums = _differentiate(left, right, sums, n, m, pipes, weights, keys, scoring, dbias)
+            n += 1
+        if dbias.KIND == "column":
+            dbias.store_sums(sums, keys, scoring)
+    scale = scoring.scale
+    if scoring.DROPOUT:
+        scale = scale * scoring.keep_scale
+    _leave(dk_desc, left * scale, right * scale, pipes.keys.index(0), pipes, place)
+
+
+@gluon.jit
+def _leave(desc, left, right, tile, pipes, place):
+    """Stores a gradient through the shared memory of the keys or values, once no product reads them any more."""
+    mbarrier.wait(pipes.done.index(0), 0)
+    HALF: gl.constexpr = left.shape[1]
+    tile.slice(0, HALF, dim=1).store(left.to(tile.dtype))
+    tile.slice(HALF, HALF, dim=1).store(right.to(tile.dtype))
+    fence_async_shared()
+    barrier()
+    store_rows(desc, tile, place.b, place.kv_h, place.k_start, place.k_len, place.first_key, place.VARLEN)
+    tma.store_wait(0)

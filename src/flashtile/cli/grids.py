@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from importlib.resources import files
 from itertools import product
 from typing import Any, NamedTuple
@@ -32,7 +34,6 @@ GRID_SIZES = {
     "quick": Sizes((64, 192), (32,), heads=2),
 }
 
-WINDOW = 512
 DROPOUT = 0.1
 SOFTCAP = 50.0
 
@@ -83,9 +84,9 @@ def _plain(batch: int, length: int, heads: int, kv_heads: int, dim: int, causal:
     return work
 
 
-def _windowed(work: Workload) -> Workload:
-    """512 keys for each row: those up to its own, or those around it."""
-    window = (WINDOW - 1, 0) if work.causal else (WINDOW // 2 - 1, WINDOW // 2)
+def _windowed(work: Workload, keys: int = 512) -> Workload:
+    """So many keys for each row: those up to its own, or those around it."""
+    window = (keys - 1, 0) if work.causal else (keys // 2 - 1, keys // 2)
     return replace(work, window=window)
 
 
@@ -96,6 +97,12 @@ def _packed(work: Workload) -> Workload:
     return replace(work, batch=len(lengths), q_len=max(lengths), k_len=max(lengths), lengths=lengths)
 
 
+def _documents(work: Workload) -> Workload:
+    """24 documents of random lengths, the same in every run."""
+    lengths = tuple(random.Random(0).choices(range(64, 4097), k=24))
+    return replace(work, batch=24, q_len=max(lengths), k_len=max(lengths), lengths=lengths)
+
+
 FEATURES: dict[str, Callable[[Workload], Workload]] = {
     "plain": lambda work: work,
     "dropout": lambda work: replace(work, dropout_p=DROPOUT),
@@ -103,9 +110,11 @@ FEATURES: dict[str, Callable[[Workload], Workload]] = {
     "softcap": lambda work: replace(work, softcap=SOFTCAP),
     "bias": lambda work: replace(work, bias=(1, work.heads, work.q_len, work.k_len), bias_grad=True),
     "window": _windowed,
+    "window1024": partial(_windowed, keys=1024),
     "sinks": lambda work: replace(work, sinks=True),
     "gqa": lambda work: replace(work, kv_heads=max(1, work.heads // 4)),
     "packed": _packed,
+    "documents": _documents,
     "padding": lambda work: replace(
         work, padding=tuple(max(1, work.k_len * (index % 4 + 1) // 4) for index in range(work.batch))
     ),

@@ -117,7 +117,7 @@ UNSAFE = (
         "backward",
         (
             before("backward_wide", _HAND_OVER, "sleep(20000)"),
-            Edit("backward_wide", "weights.wait(n).load(LAYOUT)", "weights.slot(n).load(LAYOUT)"),
+            Edit("backward_wide", _TAKE_OVER, "    weights.await_empty(n)\n    p = weights.slot(n).load(LAYOUT)"),
         ),
         True,
     ),

@@ -10,7 +10,7 @@ import torch
 
 from flashtile import dispatch
 from flashtile.backends import hopper
-from flashtile.backends.hopper import configs
+from flashtile.backends.hopper import backward_configs, configs
 from flashtile.problem import Problem
 
 SHARED_MEMORY = 227 * 1024
@@ -62,6 +62,24 @@ def test_every_row_fits_shared_memory_and_the_register_file(dim: int, causal: bo
     # The default partition, a consumer, has what the others leave of 504 registers, or 512 with three consumers.
     consumer, producer = config.registers
     assert config.groups * consumer + producer <= (512 if config.groups == 3 else 504)
+
+
+@pytest.mark.parametrize(
+    ("dim", "v_dim", "keys", "widths"),
+    [(64, 64, 192, (64, 64)), (33, 64, 192, (64, 64)), (128, 64, 128, (128, 64)), (192, 128, 64, (256, 128)),
+     (256, 40, 64, (256, 128))],
+)  # fmt: skip
+def test_tiles_of_the_backward(dim: int, v_dim: int, keys: int, widths: tuple[int, int]) -> None:
+    problem = replace(PLAIN, qk_dim=dim, v_dim=v_dim)
+    config = backward_configs.pick(problem)
+    assert config.block_n == keys
+    assert backward_configs.widths(problem) == widths
+    own = keys * sum(widths)
+    ring = config.stages * config.block_m * sum(widths)
+    scores = 2 * config.groups * 64 * config.block_m
+    leaving = 2 * config.slots * 64 * backward_configs.accumulator_columns(problem)  # float32
+    rows = 4 * config.stages * config.block_m
+    assert 2 * (own + ring + scores + leaving + rows) + 1024 <= SHARED_MEMORY
 
 
 def test_heavier_calls_get_smaller_tiles() -> None:

@@ -81,7 +81,8 @@ def main() -> None:
     for name, measured in zip(ATTENTIONS, times, strict=True):
         median, low, high = timing.quantiles(measured)
         row = {
-            "case": "llama-block", "attention": name, "mode": "train", "batch": chosen.batch, "tokens": chosen.tokens, "graph": chosen.graph, **LAYOUT,
+            "case": "llama-block", "attention": name, "mode": "train", "graph": chosen.graph, "batch": chosen.batch,
+            "tokens": chosen.tokens, **LAYOUT,
             "ms": median, "ms_q20": low, "ms_q80": high, "difference": error,
             "device": machine.device_facts(chosen.device), "versions": machine.versions(),
             "commit": machine.commit(), "date": time.strftime("%Y-%m-%d"),

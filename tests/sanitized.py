@@ -1,0 +1,44 @@
+"""The Hopper kernels on small shapes, for tools that slow them down a thousandfold; not a test of its own.
+
+    compute-sanitizer --tool memcheck python tests/sanitized.py
+    compute-sanitizer --tool racecheck python tests/sanitized.py plain-128 wide
+
+Every kind of kernel once: head dims, masks, packed sequences, all features together, the fixed order. Arguments:
+parts of names. Results are compared with float64 as everywhere, so that a tool's silence is about a run that was right.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+
+import torch
+
+from flashtile.masks import Causal, Chunked, Window
+from flashtile.testing import Case, run_case
+
+_SMALL = Case("small", "", q_len=200, k_len=330)
+_ALL = {"softcap": 5.0, "alibi": "heads", "sinks": True, "dropout_p": 0.2, "dlse": True}
+
+CASES = (
+    *(replace(_SMALL, id=f"plain-{dim}", dim=dim) for dim in (64, 128, 256)),
+    *(replace(_SMALL, id=f"causal-{dim}", dim=dim, heads=2, kv_heads=1, mask=Causal()) for dim in (64, 128, 256)),
+    replace(_SMALL, id="window", dim=128, mask=Window(100, 20)),
+    replace(_SMALL, id="table", dim=64, mask=Chunked(90, 10)),
+    replace(_SMALL, id="bias", dim=128, bias="additive"),
+    replace(_SMALL, id="features", dim=128, mask=Causal(), **_ALL),
+    replace(_SMALL, id="deterministic", dim=64, mask=Causal(), deterministic=True),
+    replace(_SMALL, id="wide", dim=192, v_dim=128, mask=Causal(), deterministic=True),
+    Case("varlen", "", q_lens=(100, 0, 70), k_lens=(90, 40, 130), dim=128, mask=Causal()),
+)
+
+
+def main() -> None:
+    words = sys.argv[1:]
+    for case in CASES:
+        if not words or any(word in case.id for word in words):
+            print(run_case(case, "hopper", torch.bfloat16, "cuda"), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -2,9 +2,11 @@
 
     compute-sanitizer --tool memcheck python tests/sanitized.py
     compute-sanitizer --tool racecheck python tests/sanitized.py plain-128 wide
+    TRITON_INSTRUMENTATION_MODE=consan python tests/sanitized.py --forward plain-64    # Triton's concurrency sanitizer
 
 Every kind of kernel once: head dims, masks, packed sequences, all features together, the fixed order. Arguments:
-parts of names. Results are compared with float64 as everywhere, so that a tool's silence is about a run that was right.
+parts of names; --forward leaves the backward out. Results are compared with float64 as everywhere, so that a tool's
+silence is about a run that was right.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import sys
 from dataclasses import replace
 
 import torch
+import triton
 
 from flashtile.masks import Causal, Chunked, Window
 from flashtile.testing import Case, run_case
@@ -34,10 +37,12 @@ CASES = (
 
 
 def main() -> None:
-    words = sys.argv[1:]
+    words = [word for word in sys.argv[1:] if word != "--forward"]
+    backward = "--forward" not in sys.argv
+    triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device="cuda"))
     for case in CASES:
         if not words or any(word in case.id for word in words):
-            print(run_case(case, "hopper", torch.bfloat16, "cuda"), flush=True)
+            print(run_case(case, "hopper", torch.bfloat16, "cuda", grads=backward), flush=True)
 
 
 if __name__ == "__main__":

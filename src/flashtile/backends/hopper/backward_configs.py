@@ -42,16 +42,19 @@ class Config:
 
 
 class Row(NamedTuple):
-    """A config for padded head dims up to max_dim."""
+    """A config for padded head dims up to max_dim. bias_tiles: it leaves shared memory to tiles of a bias."""
 
     max_dim: int
     config: Config
+    bias_tiles: bool = False
 
 
 # TFLOP/s of the whole backward on an H100, bf16, 4096 rows, full / causal.
 BACKWARD = (
     Row(64, Config(64, 3, 4, 2, (144, 80, 0))),  # 511 / 434; two consumers and steps of 128 rows 483 / 407
+    Row(64, Config(64, 2, 4, 2, (208, 72, 24)), bias_tiles=True),
     Row(128, Config(64, 2, 3, 2, (208, 72, 24))),  # 565 / 497; two stages 2 % less
+    Row(128, Config(64, 2, 2, 2, (208, 72, 24)), bias_tiles=True),
     Row(256, Config(64, 1, 2, 2, (208, 72, 24))),
 )
 
@@ -69,10 +72,10 @@ def accumulator_columns(problem: Problem) -> int:
     return min(dim, 32 if pick(problem).groups == 1 else 64)
 
 
-def pick(problem: Problem) -> Config:
-    """Tiles and roles of the backward kernel."""
+def pick(problem: Problem, bias_tiles: bool = False) -> Config:
+    """Tiles and roles of the backward kernel. bias_tiles: a bias comes by TMA."""
     dim = max(problem.qk_dim, problem.v_dim)
     for row in BACKWARD:
-        if dim <= row.max_dim:
+        if dim <= row.max_dim and row.bias_tiles >= bias_tiles:
             return row.config
     raise LookupError(f"no tile sizes for {problem}: the last rows of the table must serve every problem")

@@ -22,6 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from flashtile.backends.hopper.backward_step import BiasGradient, keys_of, walk
 from flashtile.backends.hopper.backward_wide import consume_keys, consume_values
 from flashtile.backends.hopper.backward_work import KEYS, Mask, Pipes, Scoring, place_of
+from flashtile.backends.hopper.bias_tiles import axis, load_tile
 from flashtile.backends.hopper.descriptors import load_rows, store_rows, swizzled
 from flashtile.backends.hopper.dialect import aggregate, barrier, load, reduce_add
 from flashtile.backends.hopper.rings import Ring, barriers
@@ -34,7 +35,8 @@ RUNTIME = [*RUNTIME, "stride_bb", "stride_bh", "stride_bm", "stride_gb", "stride
 
 @aggregate
 class Sources:
-    """What is loaded: query tiles with their rows of lse and delta and tiles of dO for each step, keys and values once.
+    """What is loaded: query tiles with their rows of lse and delta and tiles of dO and of a bias for each step, keys and
+    values once.
 
     first, last: the query tiles that the program walks through for each grouped head.
     """
@@ -44,6 +46,9 @@ class Sources:
     v: tma.tensor_descriptor
     do: tma.tensor_descriptor
     rows: tma.tensor_descriptor
+    bias: tma.tensor_descriptor
+    stride_bb: gl.tensor
+    stride_bh: gl.tensor
     first: gl.tensor
     last: gl.tensor
 
@@ -61,11 +66,16 @@ class Sources:
         i = self.first + n - g * (self.last - self.first)
         h = place.head(g)
         row = i * BLOCK_M
-        full = pipes.queries.claim(n, self.q.block_type.nbytes + self.rows.block_type.nbytes)
+        BIAS_BYTES: gl.constexpr = pipes.GROUPS * self.bias.block_type.nbytes if pipes.BIAS_TILES else 0
+        full = pipes.queries.claim(n, self.q.block_type.nbytes + self.rows.block_type.nbytes + BIAS_BYTES)
         slot = pipes.queries.slot(n)
         load_rows(self.q, full, slot, place.b, h, place.q_start, place.q_len, row, place.VARLEN)
         pair = pipes.rows.index(n % pipes.queries.STAGES)
         load(self.rows, [0, (place.block(g) + i) * BLOCK_M], full, pair)
+        if pipes.BIAS_TILES:
+            bias_b, bias_h = axis(place.b, self.stride_bb), axis(h, self.stride_bh)
+            for w in gl.static_range(pipes.GROUPS):
+                load_tile(self.bias, full, pipes.bias(n, w), bias_b, bias_h, row, place.first_key + KEYS * w)
         full = pipes.douts.full.index(n % pipes.douts.STAGES)
         mbarrier.expect(full, self.do.block_type.nbytes)
         slot = pipes.douts.slot(n)
@@ -144,26 +154,27 @@ def _leave(dq_desc, dq, part, turn, pipes):
 
 
 @gluon.jit
-def _add(dq_desc, block, n, pipes, FROM: gl.constexpr, TO: gl.constexpr):
+def _add(dq_desc, block, n, pipes, FROM: gl.constexpr, TO: gl.constexpr, SENT: gl.constexpr):
     """dQ of step n, made from the dS of consumers FROM to TO, starts on its way to block `block` of the accumulator.
 
     A [64, C] part of dQ lies there in the order of the accumulator's registers, so that its way through shared memory
-    is 16 bytes wide and free of bank conflicts.
+    is 16 bytes wide and free of bank conflicts. SENT: copies that were started from dS's slot just before.
     """
     C: gl.constexpr = min(pipes.D, 64)
     LEAVING: gl.constexpr = pipes.exits.shape[1] * 4
     COLUMNS: gl.constexpr = pipes.D // C
     PARTS: gl.constexpr = pipes.BLOCK_M // 64 * COLUMNS
-    pipes.scores.await_full(n)
     for part in gl.static_range(PARTS):
         running = gl.zeros([64, C], gl.float32, accumulator(C))
         for w in gl.static_range(FROM, TO):
             ds = pipes.scores_of(n, w).slice(part // COLUMNS * 64, 64, dim=1)
             k = pipes.keys.index(w).slice(part % COLUMNS * C, C, dim=1)
             running = warpgroup_mma(ds.permute((1, 0)), k, running, use_acc=w > FROM, is_async=True)
-        tma.store_wait(pipes.SLOTS - 1)
+        tma.store_wait(pipes.SLOTS - 1 + (SENT if part == 0 else 0))
         dq = warpgroup_mma_wait(0, deps=(running,))
         if part == PARTS - 1:
+            if SENT > 0:
+                tma.store_wait(PARTS - 1)
             pipes.scores.release(n)
         else:
             barrier()
@@ -179,17 +190,22 @@ def _add(dq_desc, block, n, pipes, FROM: gl.constexpr, TO: gl.constexpr):
 
 @gluon.jit
 def _add_steps(
-    dq_desc, n, begin, end, base, furthest, turns, sources, pipes, place, mask, FROM: gl.constexpr, TO: gl.constexpr,
-    LOADS: gl.constexpr,
+    dq_desc, n, begin, end, g, furthest, turns, sources, pipes, place, mask, dbias, FROM: gl.constexpr,
+    TO: gl.constexpr, LOADS: gl.constexpr,
 ):  # fmt: skip
-    """Steps begin to end of one head. furthest: the last tile of keys that step `begin` - 1 sees, or this one."""
+    """Steps begin to end of the g-th head. furthest: the last tile of keys that step `begin` - 1 sees, or this one."""
+    base = place.block(g)
+    STORED: gl.constexpr = dbias.KIND == "boxes" and dbias.desc.dtype != gl.float32
     for i in range(begin, end):
         if turns.ORDERED:
             if i > sources.first:
                 turns.pass_on(base + i - 1)
             furthest = mask.furthest_tile(furthest, i, place)
             turns.await_turn(base + i, furthest - place.tile)
-        _add(dq_desc, base + i, n, pipes, FROM, TO)
+        pipes.scores.await_full(n)
+        if dbias.KIND == "boxes":
+            dbias.send(n, i * pipes.BLOCK_M, g, pipes, place, FROM, TO)
+        _add(dq_desc, base + i, n, pipes, FROM, TO, TO - FROM if STORED else 0)
         if LOADS:
             if n + pipes.queries.STAGES < sources.steps(place):
                 sources.load_step(pipes, place, n + pipes.queries.STAGES)
@@ -198,7 +214,7 @@ def _add_steps(
 
 
 @gluon.jit
-def _reduce(dq_desc, turns, sources, pipes, place, mask, spans, LOADS: gl.constexpr):
+def _reduce(dq_desc, turns, sources, pipes, place, mask, dbias, spans, LOADS: gl.constexpr):
     """Makes dQ of each step from the dS of the consumers whose keys its rows see, and adds it up in memory.
 
     LOADS: it also loads what the others need, some steps ahead.
@@ -211,29 +227,28 @@ def _reduce(dq_desc, turns, sources, pipes, place, mask, spans, LOADS: gl.conste
     mbarrier.wait(pipes.loaded.index(0), 0)
     n = 0
     for g in range(place.group if pipes.GROUPED else 1):
-        base = place.block(g)
         furthest = place.tile
         begin = sources.first
         if mask.KIND != "none" or mask.RAGGED:
             for w in gl.static_range(1, GROUPS):
                 end = spans[w][0]
                 n, furthest = _add_steps(
-                    dq_desc, n, begin, end, base, furthest, turns, sources, pipes, place, mask, 0, w, LOADS
+                    dq_desc, n, begin, end, g, furthest, turns, sources, pipes, place, mask, dbias, 0, w, LOADS
                 )
                 begin = end
         end = spans[0][3]
         n, furthest = _add_steps(
-            dq_desc, n, begin, end, base, furthest, turns, sources, pipes, place, mask, 0, GROUPS, LOADS
+            dq_desc, n, begin, end, g, furthest, turns, sources, pipes, place, mask, dbias, 0, GROUPS, LOADS
         )
         if mask.LEFT:
             for w in gl.static_range(1, GROUPS):
                 begin = end
                 end = spans[w][3]
                 n, furthest = _add_steps(
-                    dq_desc, n, begin, end, base, furthest, turns, sources, pipes, place, mask, w, GROUPS, LOADS
+                    dq_desc, n, begin, end, g, furthest, turns, sources, pipes, place, mask, dbias, w, GROUPS, LOADS
                 )
         if sources.last > sources.first:
-            turns.pass_on(base + sources.last - 1)
+            turns.pass_on(place.block(g) + sources.last - 1)
     mbarrier.arrive(pipes.done.index(0), count=1)
     tma.store_wait(0)
 
@@ -273,13 +288,13 @@ def _consume(dk_desc, dv_desc, pipes, place, mask, scoring, dbias, spans, WG: gl
 
 @gluon.jit(do_not_specialize=RUNTIME)
 def backward_kernel(
-    q_desc, k_desc, v_desc, do_desc, rows_desc, dq_desc, dk_desc, dv_desc, first_rows, end_rows, dbias, counters, bias,
-    slopes, sinks, cu_q, cu_k, lo, hi, rng, mailbox, stride_bb, stride_bh, stride_bm, stride_gb, stride_gh, stride_sb,
+    q_desc, k_desc, v_desc, do_desc, rows_desc, dq_desc, dk_desc, dv_desc, bias_desc, dbias_desc, first_rows, end_rows, dbias,
+    counters, bias, slopes, sinks, cu_q, cu_k, lo, hi, rng, mailbox, stride_bb, stride_bh, stride_bm, stride_gb, stride_gh, stride_sb,
     stride_tb, batch, heads, group, max_q, max_k, total_q, total_k, padded, tiles, programs, section, left, right,
     scale, softcap, threshold, keep_scale, BLOCK_M: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
     SLOTS: gl.constexpr, CONSUME_REGISTERS: gl.constexpr, LOAD_REGISTERS: gl.constexpr, GROUPED: gl.constexpr,
     VARLEN: gl.constexpr, KIND: gl.constexpr, LEFT: gl.constexpr, RAGGED: gl.constexpr, SOFTCAP: gl.constexpr,
-    ALIBI: gl.constexpr, BIAS: gl.constexpr, BIAS_ALIGN: gl.constexpr, BIAS_STEP: gl.constexpr, DROPOUT: gl.constexpr,
+    ALIBI: gl.constexpr, BIAS: gl.constexpr, BIAS_ALIGN: gl.constexpr, BIAS_STEP: gl.constexpr, BIAS_TILES: gl.constexpr, DROPOUT: gl.constexpr,
     ORDERED: gl.constexpr, DBIAS: gl.constexpr, DETERMINISTIC: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
@@ -298,36 +313,41 @@ def backward_kernel(
     mask = Mask(first_rows + table, end_rows + table, left, right, KIND, LEFT, RAGGED)
     scoring = Scoring(
         bias, slopes, rng, stride_bb, stride_bh, stride_bm, stride_sb, scale, softcap, threshold, keep_scale, SOFTCAP,
-        ALIBI, BIAS, BIAS_ALIGN, BIAS_STEP, DROPOUT, ORDERED,
+        ALIBI, BIAS, BIAS_ALIGN, BIAS_STEP, BIAS_TILES, DROPOUT, ORDERED,
     )  # fmt: skip
-    bias_gradient = BiasGradient(dbias, stride_gb, stride_gh, max_k, DBIAS)
+    bias_gradient = BiasGradient(dbias_desc, dbias, stride_gb, stride_gh, max_k, DBIAS)
     spans = mask.walks(place, GROUPS)
 
     keys = gl.allocate_shared_memory(dtype, [GROUPS, KEYS, D], swizzled(2, D))
     values = gl.allocate_shared_memory(dtype, [GROUPS, KEYS, DV], swizzled(2, DV))
     q_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, D], swizzled(2, D))
     do_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, DV], swizzled(2, DV))
-    ds_tiles = gl.allocate_shared_memory(dtype, [2 * GROUPS, KEYS, BLOCK_M], swizzled(2, BLOCK_M))
+    ds_tiles = gl.allocate_shared_memory(dtype, [2 * GROUPS, BLOCK_M, KEYS], swizzled(2, KEYS))
+    biases = ds_tiles
+    if BIAS_TILES:
+        biases = gl.allocate_shared_memory(dtype, [STAGES * GROUPS, BLOCK_M, KEYS], swizzled(2, KEYS))
     rows = gl.allocate_shared_memory(gl.float32, [STAGES, 2, BLOCK_M], rows_desc.layout)
     exits = gl.allocate_shared_memory(gl.float32, [SLOTS, dq_desc.block_type.shape[0], 256], dq_desc.layout)
     empty = barriers(STAGES, 2 if GROUPS == 1 else GROUPS)
     read = barriers(2, 1)
     pipes = Pipes(
         keys, values, barriers(2, 1), barriers(1, 1), Ring(q_tiles, barriers(STAGES, 1), empty, STAGES), rows,
-        Ring(do_tiles, barriers(STAGES, 1), empty, STAGES), Ring(ds_tiles, barriers(2, GROUPS), read, 2),
-        exits, GROUPS, BLOCK_M, D, DV, SLOTS, GROUPED,
+        Ring(do_tiles, barriers(STAGES, 1), empty, STAGES), biases, Ring(ds_tiles, barriers(2, GROUPS), read, 2), exits,
+        GROUPS, BLOCK_M, D, DV, SLOTS, GROUPED, BIAS_TILES,
     )  # fmt: skip
     turns = Turns(counters, DETERMINISTIC)
     if GROUPS == 1:
         weights = Ring(ds_tiles, barriers(2, 1), read, 2)  # P, until dS takes its place
     fence_async_shared()
     barrier()
-    sources = Sources(q_desc, k_desc, v_desc, do_desc, rows_desc, spans[0][0], spans[GROUPS - 1][3])
+    sources = Sources(
+        q_desc, k_desc, v_desc, do_desc, rows_desc, bias_desc, stride_bb, stride_bh, spans[0][0], spans[GROUPS - 1][3]
+    )
     # Consumers come as workers: in the default partition the compiler keeps more addresses in registers than there are.
     if GROUPS == 1:
         gl.warp_specialize(
             [
-                (_reduce, (dq_desc, turns, sources, pipes, place, mask, spans, False)),
+                (_reduce, (dq_desc, turns, sources, pipes, place, mask, bias_gradient, spans, False)),
                 (consume_values, (dv_desc, pipes, weights, place, mask, scoring, spans[0])),
                 (consume_keys, (dk_desc, pipes, weights, place, mask, scoring, bias_gradient, spans[0])),
                 (_load, (sources, pipes, place)),
@@ -338,7 +358,7 @@ def backward_kernel(
     elif GROUPS == 2:
         gl.warp_specialize(
             [
-                (_reduce, (dq_desc, turns, sources, pipes, place, mask, spans, False)),
+                (_reduce, (dq_desc, turns, sources, pipes, place, mask, bias_gradient, spans, False)),
                 (_consume, (dk_desc, dv_desc, pipes, place, mask, scoring, bias_gradient, spans, 0)),
                 (_consume, (dk_desc, dv_desc, pipes, place, mask, scoring, bias_gradient, spans, 1)),
                 (_load, (sources, pipes, place)),
@@ -349,7 +369,7 @@ def backward_kernel(
     else:
         gl.warp_specialize(
             [
-                (_reduce, (dq_desc, turns, sources, pipes, place, mask, spans, True)),
+                (_reduce, (dq_desc, turns, sources, pipes, place, mask, bias_gradient, spans, True)),
                 (_consume, (dk_desc, dv_desc, pipes, place, mask, scoring, bias_gradient, spans, 0)),
                 (_consume, (dk_desc, dv_desc, pipes, place, mask, scoring, bias_gradient, spans, 1)),
                 (_consume, (dk_desc, dv_desc, pipes, place, mask, scoring, bias_gradient, spans, 2)),

@@ -12,7 +12,14 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from flashtile.backends.hopper import backward_configs, backward_epilogue, backward_prologue, descriptors, launch
+from flashtile.backends.hopper import (
+    backward_configs,
+    backward_epilogue,
+    backward_prologue,
+    bias_tiles,
+    descriptors,
+    launch,
+)
 from flashtile.backends.hopper.backward_kernel import backward_kernel
 from flashtile.gpu import arguments, bias_gradient
 from flashtile.masks import rows_seeing
@@ -55,15 +62,19 @@ def backward(
     first_rows, end_rows = (
         (q, q) if call.lo is None or call.hi is None else rows_seeing(call.lo, call.hi, problem.k_len)
     )
-    boxed = (q, k, v, dout, rows, accumulated, dk, dv)
     tensors = (first_rows, end_rows, dbias_or_rows, counters)
-    variant = ("tile" if each else kind, first_rows.stride(0) if problem.table and first_rows.shape[0] > 1 else 0)
+    bias, dbias_boxes = bias_boxes(problem, call, dbias if kind in ("tile", "summed") else None)
+    boxed = (q, k, v, dout, rows, accumulated, dk, dv, q if bias is None else bias, q if dbias_boxes is None else dbias_boxes)
+    stride_tb = first_rows.stride(0) if problem.table and first_rows.shape[0] > 1 else 0
+    variant = ("tile" if each else kind, stride_tb, bias is not None, dbias_boxes is not None)
     launch.run(backward_kernel, problem, call, boxed, tensors, prepare, variant)
 
     for grad, written in zip(dkv, (dk, dv), strict=True):
         if written is not grad:
             grad.copy_(written)
     backward_epilogue.run(problem, call, (accumulated, *grads))
+    if dbias_boxes is not None and problem.dropout_p > 0:  # what is kept is scaled once, at the end
+        dbias_boxes.mul_(1.0 / (1.0 - problem.dropout_p))
     if dbias is not None and kind != "tile":
         dbias = bias_gradient.finish_sums(problem, call, kind, dbias)
     dsinks = None if call.sinks is None else sums.sum((0, 2)).to(call.sinks.dtype)
@@ -78,14 +89,28 @@ def _bias_memory(problem: Problem, call: Call, kind: str, each: bool) -> Tensor 
     return torch.zeros(batch, heads, problem.q_len, problem.k_len, dtype=torch.float32, device=call.q.device)
 
 
+def bias_boxes(problem: Problem, call: Call, dbias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """The bias and its gradient as matrices, each None where it does not come or go by TMA."""
+    if problem.varlen:  # tiles at a sequence's end hold more rows and keys than it has
+        return None, None
+    bias = bias_tiles.matrices(problem, call)
+    if max(problem.qk_dim, problem.v_dim) > 128:  # no shared memory is left
+        bias = None
+    # dS lies in shared memory with the softcap's derivative in it; float32 leaves through a slot of dQ of 64 columns.
+    narrow = backward_configs.accumulator_columns(problem) < 64
+    if dbias is None or problem.softcap > 0 or (dbias.dtype == torch.float32 and narrow):
+        return bias, None
+    return bias, bias_tiles.addressable(dbias, problem)
+
+
 def prepare(problem: Problem, call: Call, boxed: tuple[Tensor, ...], variant: tuple[Any, ...]) -> launch.Plan:
     """The launch of the main kernel.
 
-    boxed: q, k, v, dout, rows, dq's accumulator, dk, dv; variant: the kind
-    of dbias, and the stride of a transposed mask's table over the batch.
+    boxed: q, k, v, dout, rows, dq's accumulator, dk, dv, the bias and dbias; variant: the kind of dbias, the stride of
+    a transposed mask's table over the batch, and whether the bias comes and whether dbias goes by TMA.
     """
-    config = backward_configs.pick(problem)
-    kind, stride_tb = variant
+    kind, stride_tb, tiles_in, tiles_out = variant
+    config = backward_configs.pick(problem, tiles_in)
     tiles = max(1, triton.cdiv(problem.k_len, config.block_n))
     programs = problem.batch * problem.kv_heads
     biases, _ = arguments.bias_strides(problem, {"b": call.bias})
@@ -96,6 +121,7 @@ def prepare(problem: Problem, call: Call, boxed: tuple[Tensor, ...], variant: tu
         **arguments.features(problem),
         **biases,
         "BIAS_STEP": biases.pop("stride_bn"),
+        "BIAS_TILES": tiles_in,
         "stride_gb": stride_gb,
         "stride_gh": stride_gh,
         "tiles": tiles,
@@ -112,11 +138,11 @@ def prepare(problem: Problem, call: Call, boxed: tuple[Tensor, ...], variant: tu
         "RAGGED": problem.varlen or problem.k_len % config.block_n > 0,
         "ORDERED": problem.window_right is not None and problem.window_right <= 0,
         "DETERMINISTIC": problem.deterministic,
-        "DBIAS": "none" if kind == "row" else kind,
+        "DBIAS": "boxes" if tiles_out else "none" if kind == "row" else kind,
         "stride_tb": stride_tb,
     }
     options = {"num_warps": 4, "enable_fp_fusion": True}
-    return launch.Plan(tiles * programs, values, options, partial(_describe, problem, config))
+    return launch.Plan(tiles * programs, values, options, partial(_describe, problem, config, tiles_in, tiles_out))
 
 
 def _bias_gradient_strides(problem: Problem, kind: str) -> tuple[int, int]:
@@ -132,13 +158,14 @@ def _bias_gradient_strides(problem: Problem, kind: str) -> tuple[int, int]:
 
 
 def _describe(
-    problem: Problem, config: backward_configs.Config, boxed: tuple[Tensor, ...]
+    problem: Problem, config: backward_configs.Config, tiles_in: bool, tiles_out: bool, boxed: tuple[Tensor, ...]
 ) -> tuple[TensorDescriptor, ...]:
-    q, k, v, dout, rows, accumulated, dk, dv = boxed
+    q, k, v, dout, rows, accumulated, dk, dv, bias, dbias = boxed
     dim, v_dim = backward_configs.widths(problem)
     plain = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
+    queries = descriptors.rows(q, config.block_m, dim, problem.varlen)
     return (
-        descriptors.rows(q, config.block_m, dim, problem.varlen),
+        queries,
         descriptors.rows(k, 64, dim, problem.varlen),
         descriptors.rows(v, 64, v_dim, problem.varlen),
         descriptors.rows(dout, config.block_m, v_dim, problem.varlen),
@@ -146,4 +173,6 @@ def _describe(
         TensorDescriptor.from_tensor(accumulated, [backward_configs.accumulator_columns(problem) // 4, 256], plain),
         descriptors.rows(dk, 64, dim, problem.varlen),
         descriptors.rows(dv, 64, v_dim, problem.varlen),
+        bias_tiles.boxes(bias, config.block_m, 64) if tiles_in else queries,
+        bias_tiles.boxes(dbias, config.block_m, 64) if tiles_out else queries,
     )

@@ -3,9 +3,15 @@
 import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 
 from flashtile.backends.hopper.backward_work import KEYS
+from flashtile.backends.hopper.bias_tiles import add_tile, axis, store_tile
 from flashtile.backends.hopper.dialect import aggregate
 from flashtile.backends.hopper.tiles import accumulator, left_operand, partial_sums
 from flashtile.gpu.philox import random_state, random_words
@@ -64,9 +70,11 @@ class BiasGradient:
     """Where dS goes for the gradient of a bias. KIND: as flashtile.gpu.bias_gradient has it, or "none".
 
     "tile" stores each value, "summed" adds it to what other batches and heads add there, "column" sums over the query
-    rows: float32 (batch, heads, max_k). Strides are 0 where the bias is broadcast.
+    rows: float32 (batch, heads, max_k). "boxes" leaves by TMA, stored, or added as float32: `send`. Strides are 0 where
+    the bias is broadcast.
     """
 
+    desc: tma.tensor_descriptor
     target: gl.tensor
     stride_b: gl.tensor
     stride_h: gl.tensor
@@ -94,6 +102,18 @@ class BiasGradient:
             gl.atomic_add(base + at, value, mask=inside, sem="relaxed")
 
     @gluon.jit
+    def send(self, n, row, g, pipes, place, FROM: gl.constexpr, TO: gl.constexpr):
+        """Done by the warp group that makes dQ: the dS of step n and of consumers FROM to TO starts on its way."""
+        b, h = axis(place.b, self.stride_b), axis(place.head(g), self.stride_h)
+        for w in gl.static_range(FROM, TO):
+            at = [b, h, row, place.first_key + KEYS * w]
+            ds = pipes.scores_of(n, w).permute((1, 0))
+            if self.desc.dtype == gl.float32:
+                add_tile(self.desc, at, ds, pipes.exit(n, pipes.SLOTS - 1))
+            else:
+                store_tile(self.desc, at, ds)
+
+    @gluon.jit
     def no_sums(self, BLOCK_M: gl.constexpr):
         """What `walk` starts its column sums with."""
         if self.KIND == "column":
@@ -112,8 +132,8 @@ class BiasGradient:
 
 @gluon.jit
 def load_bias(m, keys, scoring):
-    """The bias of a transposed tile of scores, 0 without one."""
-    if scoring.BIAS == "none":
+    """The bias of a transposed tile of scores; 0 where there is none to load by pointers."""
+    if scoring.BIAS == "none" or scoring.BIAS_TILES:
         return 0.0
     else:
         line = keys.line()
@@ -175,6 +195,7 @@ def exponents(s, lse, bias, m, keys, mask, scoring, MASKED: gl.constexpr):
     line = keys.line()
     capped = s
     PLAIN: gl.constexpr = scoring.SOFTCAP == "none" and scoring.BIAS == "none"
+    ONLY_BIAS: gl.constexpr = scoring.SOFTCAP == "none" and scoring.BIAS == "additive" and not scoring.ALIBI
     if PLAIN and not scoring.ALIBI:
         x = s * (scoring.scale * LOG2E) - lse
     elif PLAIN and scoring.ORDERED:
@@ -187,6 +208,8 @@ def exponents(s, lse, bias, m, keys, mask, scoring, MASKED: gl.constexpr):
             + (keys.lane.to(gl.float32) * slope)[:, None]
             - (lse + (distance * slope)[None, :])
         )
+    elif ONLY_BIAS:
+        x = s * (scoring.scale * LOG2E) + (bias.to(gl.float32) * LOG2E - lse)
     else:
         s, capped = score(
             s, (m + line)[None, :], (keys.first + keys.lane)[:, None], keys.k_len - keys.q_len, scoring.scale,
@@ -275,6 +298,7 @@ def _step(dk, dv, sums, n, m, pipes, keys, mask, scoring, dbias, WG: gl.constexp
     running = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
     bits = kept_bits(m, keys, scoring)
     s = warpgroup_mma_wait(0, deps=(running,))
+    bias = pipes.load_bias(n, bias, WG)
     x, capped = exponents(s, pipes.of_rows(n, 0, LAYOUT), bias, m, keys, mask, scoring, MASKED)
     p = gl.exp2(x)
     if scoring.DROPOUT:
@@ -298,7 +322,7 @@ def _step(dk, dv, sums, n, m, pipes, keys, mask, scoring, dbias, WG: gl.constexp
         ds = score_gradients(p, dp, delta, scoring)
     if dbias.KIND == "column":
         sums += partial_sums(ds.to(gl.float32))
-    elif dbias.KIND != "none":
+    elif dbias.KIND == "tile" or dbias.KIND == "summed":
         dbias.take(ds, m, keys, scoring)
     if scoring.SOFTCAP != "none":
         ds = _multiply(ds, (1.0 - capped * capped).to(k.dtype))

@@ -61,7 +61,7 @@ def _weigh(left, right, n, m, pipes, weights, keys, mask, scoring, MASKED: gl.co
     if scoring.DROPOUT:
         p16 = positive(p16)
     weights.await_empty(n)
-    weights.slot(n).store(handed)
+    weights.slot(n).permute((1, 0)).store(handed)
     weights.announce(n)
     do = pipes.douts.wait(n)
     left, right = _add_product(left, right, p16, do)
@@ -78,14 +78,14 @@ def _differentiate(left, right, sums, n, m, pipes, weights, keys, scoring, dbias
     zero = gl.zeros([KEYS, pipes.BLOCK_M], gl.float32, LAYOUT)
     do = pipes.douts.wait(n)
     running = warpgroup_mma(v, do.permute((1, 0)), zero, use_acc=False, is_async=True)
-    p = weights.wait(n).load(LAYOUT)
+    p = weights.wait(n).permute((1, 0)).load(LAYOUT)
     q = pipes.queries.wait(n)
     delta = pipes.of_rows(n, 1, LAYOUT)
     dp = warpgroup_mma_wait(0, deps=(running,))
     ds = score_gradients(p, dp, delta, scoring)
     if dbias.KIND == "column":
         sums += partial_sums(ds.to(gl.float32))
-    elif dbias.KIND != "none":
+    elif dbias.KIND == "tile" or dbias.KIND == "summed":
         dbias.take(ds, m, keys, scoring)
     pipes.scores_of(n, 0).store(ds)  # where P was
     fence_async_shared()

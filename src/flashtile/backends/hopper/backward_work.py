@@ -5,6 +5,7 @@ from triton.experimental.gluon import language as gl
 
 from flashtile.backends.hopper.dialect import aggregate, reinterpret
 from flashtile.backends.hopper.rings import Ring
+from flashtile.backends.hopper.tiles import accumulator
 from flashtile.gpu.intervals import key_interval, split
 from flashtile.gpu.sequences import scratch_row, sequence
 
@@ -157,6 +158,7 @@ class Scoring:
     BIAS: gl.constexpr
     BIAS_ALIGN: gl.constexpr
     BIAS_STEP: gl.constexpr
+    BIAS_TILES: gl.constexpr
     DROPOUT: gl.constexpr
     ORDERED: gl.constexpr
 
@@ -179,6 +181,8 @@ class Scoring:
 class Pipes:
     """What flows between the roles: K and V, a ring of query tiles with their rows of lse and delta, one of dO tiles
     released together with it, a ring of dS, and the shared memory through which dQ leaves.
+
+    biases: for each slot of the query ring and each consumer, the bias of its scores, a row of 64 keys for each query.
     """
 
     keys: gl.shared_memory_descriptor
@@ -188,6 +192,7 @@ class Pipes:
     queries: Ring
     rows: gl.shared_memory_descriptor
     douts: Ring
+    biases: gl.shared_memory_descriptor
     scores: Ring
     exits: gl.shared_memory_descriptor
     GROUPS: gl.constexpr
@@ -196,6 +201,7 @@ class Pipes:
     DV: gl.constexpr
     SLOTS: gl.constexpr
     GROUPED: gl.constexpr
+    BIAS_TILES: gl.constexpr
 
     @gluon.jit
     def of_rows(self, n, WHICH: gl.constexpr, layout: gl.constexpr):
@@ -204,9 +210,30 @@ class Pipes:
         return reinterpret(pair, gl.float32, [2, 1, self.BLOCK_M], pair.layout).index(WHICH).load(layout)
 
     @gluon.jit
+    def bias(self, n, w):
+        """The bias of the scores of step n that consumer w makes, [BLOCK_M, 64]."""
+        return self.biases.index(n % self.queries.STAGES * self.GROUPS + w)
+
+    @gluon.jit
+    def load_bias(self, n, early, WG: gl.constexpr):
+        """The same transposed in registers, once the queries are there; `early` where it does not come by TMA."""
+        if self.BIAS_TILES:
+            return self.bias(n, WG).permute((1, 0)).load(accumulator(self.BLOCK_M))
+        else:
+            return early
+
+    @gluon.jit
     def scores_of(self, n, w):
-        """The part of dS^T of step n that consumer w makes, [64, BLOCK_M]."""
-        return self.scores.buffers.index(n % self.scores.STAGES * self.GROUPS + w)
+        """The part of dS^T of step n that consumer w makes, [64, BLOCK_M]. In memory it is dS: a bias's gradient leaves
+        from there.
+        """
+        return self.scores.buffers.index(n % self.scores.STAGES * self.GROUPS + w).permute((1, 0))
+
+    @gluon.jit
+    def exit(self, n, part):
+        """Where part `part` of dQ of step n leaves, one for each [64, min(D, 64)] of it."""
+        PARTS: gl.constexpr = self.BLOCK_M // 64 * (self.D // min(self.D, 64))
+        return self.exits.index((n * PARTS + part) % self.SLOTS)
 
     @gluon.jit
     def skip(self, n, count):

@@ -15,6 +15,7 @@ from flashtile.backends.hopper import (
     backward_epilogue,
     backward_pass,
     backward_prologue,
+    bias_tiles,
     forward_pass,
     launch,
 )
@@ -57,8 +58,9 @@ def _launch(name: str, problem: Problem) -> _Launch:
     lse = q.new_empty(problem.lse_shape, dtype=torch.float32)
     extras = arguments.extras(call)
     if name == "forward":
-        boxed: tuple[Tensor, ...] = (q, k, v, out)
-        plan = forward_pass.prepare(problem, call, boxed, ())
+        bias = bias_tiles.matrices(problem, call)
+        boxed: tuple[Tensor, ...] = (q, k, v, out, q if bias is None else bias)
+        plan = forward_pass.prepare(problem, call, boxed, (bias is not None,))
         return _Launch(forward_kernel, boxed, (out, lse, *extras), plan)
     kind = bias_gradient.kind(problem) if problem.bias == "additive" else "none"
     rows = lse.new_empty(2, arguments.scratch_rows(problem))
@@ -73,9 +75,11 @@ def _launch(name: str, problem: Problem) -> _Launch:
         tensors = (accumulated, q, k, v)
         plan = backward_epilogue.prepare(problem, call, (), (), tensors)
         return _Launch(backward_epilogue.epilogue_kernel, (), (*tensors, *extras), plan)
-    boxed = (q, k, v, out, rows, accumulated, k, v)
+    bias, boxes = backward_pass.bias_boxes(problem, call, dbias if kind in ("tile", "summed") else None)
+    boxed = (q, k, v, out, rows, accumulated, k, v, q if bias is None else bias, q if boxes is None else boxes)
     table = q if call.lo is None else call.lo.new_empty(call.lo.shape[0], problem.k_len)
-    variant = (kind, table.stride(0) if problem.table and table.shape[0] > 1 else 0)
+    stride_tb = table.stride(0) if problem.table and table.shape[0] > 1 else 0
+    variant = (kind, stride_tb, bias is not None, boxes is not None)
     plan = backward_pass.prepare(problem, call, boxed, variant)
     return _Launch(backward_kernel, boxed, (table, table, dbias, counters, *extras), plan)
 

@@ -30,12 +30,16 @@ class Config:
 
 
 class Row(NamedTuple):
-    """A config for padded head dims up to max_dim, calls up to a weight, and problems that `only` holds of."""
+    """A config for padded head dims up to max_dim, calls up to a weight, and problems that `only` holds of.
+
+    bias_tiles: only where a bias comes by TMA, whose tiles take registers for a moment, but shared memory.
+    """
 
     max_dim: int
     max_weight: int
     config: Config
     only: Callable[[Problem], bool] = lambda problem: True
+    bias_tiles: bool = False
 
 
 def _no_diagonal(problem: Problem) -> bool:
@@ -90,7 +94,9 @@ FORWARD = (
     Row(128, 0, Config(2, 128, 2, _TWO, query_stages=2)),  # full 653 at 16384, overlap 624, turns 637
     Row(128, 1, Config(2, 64, 3, _TWO, query_stages=2, overlap=True), _dropout),  # 382; 128 keys, 388, spill
     Row(128, 1, Config(2, 128, 2, _TWO, query_stages=2, overlap=True)),  # softcap 500, ALiBi 537
-    Row(128, 2, Config(2, 64, 3, _TWO, query_stages=2)),  # bias 302; 128 keys spill
+    Row(128, 2, Config(2, 128, 2, _TWO, shared=True), bias_tiles=True),
+    Row(128, 9, Config(2, 64, 3, _TWO, shared=True, query_stages=2), bias_tiles=True),
+    Row(128, 2, Config(2, 64, 3, _TWO, query_stages=2)),  # 128 keys spill
     Row(128, 9, Config(2, 32, 4, _TWO, query_stages=2)),  # 64 keys spill
     # causal, 4096: 594, without strips 535
     Row(256, 1, Config(2, 64, 2, _TWO, shared=True, strips=True), _light_without_left),
@@ -99,12 +105,12 @@ FORWARD = (
 )
 
 
-def forward(problem: Problem) -> Config | None:
-    """Tiles and roles of the forward kernel; None where no row serves the problem."""
+def forward(problem: Problem, bias_tiles: bool = False) -> Config | None:
+    """Tiles and roles of the forward kernel; None where no row serves the problem. bias_tiles: a bias comes by TMA."""
     dim = max(problem.qk_dim, problem.v_dim)
     heaviness = weight(problem)
     for row in FORWARD:
-        if dim <= row.max_dim and heaviness <= row.max_weight and row.only(problem):
+        if dim <= row.max_dim and heaviness <= row.max_weight and row.bias_tiles <= bias_tiles and row.only(problem):
             return row.config
     return None
 

@@ -17,7 +17,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from flashtile.backends.hopper.dialect import load, reinterpret, store
 
-__all__ = ["aligned", "aligned_like", "fits", "load_rows", "rows", "store_rows", "swizzled"]
+__all__ = ["aligned", "aligned_like", "fits", "load_rows", "rows", "steps", "store_rows", "swizzled"]
 
 _BYTES = 16  # what TMA wants addresses and strides to be multiples of
 _ENDLESS = 0x7FFF0000
@@ -27,15 +27,20 @@ RAGGED = gl.constexpr(2**30)
 def rows(tensor: Tensor, ROWS: int, DIM: int, varlen: bool) -> TensorDescriptor:
     """Boxes of ROWS rows of one head, DIM columns wide; tensor is one that `aligned` returned."""
     box = [1, ROWS, 1, DIM]
-    shape, strides = list(tensor.shape), list(tensor.stride())
-    elements = _BYTES // tensor.element_size()
-    strides = [s if n > 1 else elements for n, s in zip(shape[:-1], strides[:-1], strict=True)] + [1]
+    shape, strides = list(tensor.shape), steps(tensor)
     if varlen:
         step = strides[0]
         box = [1, *box]
         shape = [_ENDLESS, _ENDLESS, RAGGED.value, *shape[1:]]
         strides = [2**34 - step, step, *strides]
     return TensorDescriptor(tensor, shape, strides, box, swizzled(tensor.element_size(), DIM, len(box)))
+
+
+def steps(tensor: Tensor) -> list[int]:
+    """Strides as TMA accepts them: those of axes of length 1, which nobody steps along, are replaced."""
+    elements = _BYTES // tensor.element_size()
+    outer = zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)
+    return [stride if length > 1 else elements for length, stride in outer] + [1]
 
 
 @gluon.constexpr_function

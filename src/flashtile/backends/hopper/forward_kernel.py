@@ -18,6 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from flashtile.backends.hopper.bias_tiles import axis, load_tile
 from flashtile.backends.hopper.descriptors import load_rows, store_rows, swizzled
 from flashtile.backends.hopper.dialect import aggregate, barrier
 from flashtile.backends.hopper.rings import Ring, barriers, ring
@@ -32,11 +33,15 @@ from flashtile.gpu.sequences import past_end
 
 @aggregate
 class Pipes:
-    """What flows between the roles: rings of query, key and value tiles, and the way out."""
+    """What flows between the roles: rings of query, key and value tiles, and the way out.
+
+    biases: for each slot of the key ring and each consumer, the bias of its scores, which comes and goes with the keys.
+    """
 
     queries: Ring
     keys: Ring
     values: Ring
+    biases: gl.shared_memory_descriptor
     outputs: gl.shared_memory_descriptor
     GROUPS: gl.constexpr
     BLOCK_N: gl.constexpr
@@ -44,11 +49,25 @@ class Pipes:
     SHARED: gl.constexpr
     OVERLAP: gl.constexpr
     STRIPS: gl.constexpr
+    BIAS_TILES: gl.constexpr
 
     @gluon.jit
     def query(self, work, WG: gl.constexpr):
         """The 64 query rows number WG of item `work`."""
         return self.queries.buffers.index(work % self.queries.STAGES * self.GROUPS + WG)
+
+    @gluon.jit
+    def bias(self, n, WG: gl.constexpr):
+        """The bias of consumer WG's scores of key tile n."""
+        return self.biases.index(n % self.keys.STAGES * self.GROUPS + WG)
+
+    @gluon.jit
+    def load_bias(self, n, early, WG: gl.constexpr):
+        """The same in registers, once the keys are there; `early` where it does not come by TMA."""
+        if self.BIAS_TILES:
+            return self.bias(n, WG).load(accumulator(self.BLOCK_N))
+        else:
+            return early
 
     @gluon.jit
     def skip(self, n, count):
@@ -80,8 +99,10 @@ class Pipes:
 
 
 @gluon.jit
-def _producer(q_desc, k_desc, v_desc, pipes, shapes):
+def _producer(q_desc, k_desc, v_desc, bias_desc, pipes, shapes, change):
     """Loads the query tile of each item and its key and value tiles, last first."""
+    KEY_BYTES: gl.constexpr = k_desc.block_type.nbytes
+    BIAS_BYTES: gl.constexpr = pipes.GROUPS * bias_desc.block_type.nbytes if pipes.BIAS_TILES else 0
     n = 0
     work = 0
     for turn in range(shapes.turns()):
@@ -97,8 +118,12 @@ def _producer(q_desc, k_desc, v_desc, pipes, shapes):
                 load_rows(q_desc, full, pipes.query(work, w), b, h, q_start, q_len, row, shapes.VARLEN)
             for j in range(stop - first):
                 key = (stop - 1 - j) * shapes.BLOCK_N
-                full = pipes.keys.claim(n, k_desc.block_type.nbytes)
+                full = pipes.keys.claim(n, KEY_BYTES + BIAS_BYTES)
                 load_rows(k_desc, full, pipes.keys.slot(n), b, kv_h, k_start, k_len, key, shapes.VARLEN)
+                if pipes.BIAS_TILES:
+                    bias_b, bias_h = axis(b, change.stride_bb), axis(h, change.stride_bh)
+                    for w in gl.static_range(pipes.GROUPS):
+                        load_tile(bias_desc, full, pipes.bias(n, w), bias_b, bias_h, first_row + 64 * w, key)
                 full = pipes.values.claim(n, v_desc.block_type.nbytes)
                 load_rows(v_desc, full, pipes.values.slot(n), b, kv_h, k_start, k_len, key, shapes.VARLEN)
                 n += 1
@@ -127,6 +152,7 @@ def _walk(o, l, m, p16, q, n, above, below, pipes, rows, change, MASKED: gl.cons
         pipes.keys.await_full(n)
         s = pipes.issue_scores(q, n)
         running = pipes.issue_output(p16, n - 1, o)
+        bias = pipes.load_bias(n, bias, rows.WG)
         s = warpgroup_mma_wait(1, deps=(s,))
         pipes.keys.release(n)
         p, l, m, shrink = _weights(s, l, m, rows, change, key, bias, pipes.DV, MASKED)
@@ -152,6 +178,7 @@ def _attend(q, n, work, span, pipes, rows, change, m, KIND: gl.constexpr):
     bias = load_bias(rows, change, key, pipes.BLOCK_N)
     pipes.keys.await_full(n)
     s = pipes.issue_scores(q, n)
+    bias = pipes.load_bias(n, bias, rows.WG)
     s = warpgroup_mma_wait(0, deps=(s,))
     pipes.keys.release(n)
     p, m, _ = weigh(s, m, rows, change, key, bias, change.RAGGED)
@@ -208,7 +235,7 @@ def _consumer(o_desc, out, lse, stride_om, stride_oh, pipes, shapes, change, WG:
             begin, end = shapes.seen(gl.minimum(row, q_len - 1), b, q_len, k_len)
             slope, sink = change.of_head(b, h)
             bias = change.bias_of(b, h, mine)
-            rows = Rows(mine, row, begin, end, q_len, k_len, b * shapes.heads + h, bias, slope, low, high, offset)
+            rows = Rows(mine, row, begin, end, q_len, k_len, b * shapes.heads + h, bias, slope, low, high, offset, WG)
             m = gl.full([64], 0.0, gl.float32, S_ROWS) + sink
             pipes.queries.await_full(work)
             q = pipes.query(work, WG)
@@ -257,13 +284,13 @@ def _blank(out, lse, tile, h, stride_om, stride_oh, shapes, DV: gl.constexpr, DI
 
 @gluon.jit(do_not_specialize=[*RUNTIME, "stride_bb", "stride_bh", "stride_bm"])
 def forward_kernel(
-    q_desc, k_desc, v_desc, o_desc, out, lse, bias, slopes, sinks, cu_q, cu_k, lo, hi, rng, mailbox, stride_om,
+    q_desc, k_desc, v_desc, o_desc, bias_desc, out, lse, bias, slopes, sinks, cu_q, cu_k, lo, hi, rng, mailbox, stride_om,
     stride_oh, stride_bb, stride_bh, stride_bm, stride_sb, stride_tb, batch, heads, group, max_q, max_k, total_q,
     total_k, tiles, programs, section, left, right, scale, softcap, threshold, keep_scale, GROUPS: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, SHARED: gl.constexpr, DIM_V: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, VARLEN: gl.constexpr, KIND: gl.constexpr,
     LEFT: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, BIAS: gl.constexpr, BIAS_ALIGN: gl.constexpr,
-    BIAS_STEP: gl.constexpr, SINKS: gl.constexpr, DROPOUT: gl.constexpr, FOLD: gl.constexpr, RAGGED: gl.constexpr,
+    BIAS_STEP: gl.constexpr, BIAS_TILES: gl.constexpr, SINKS: gl.constexpr, DROPOUT: gl.constexpr, FOLD: gl.constexpr, RAGGED: gl.constexpr,
     SINGLE: gl.constexpr, PAIRED: gl.constexpr, QUERY_STAGES: gl.constexpr, OVERLAP: gl.constexpr, STRIPS: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
@@ -275,7 +302,7 @@ def forward_kernel(
     )  # fmt: skip
     change = Change(
         bias, slopes, sinks, rng, stride_bb, stride_bh, stride_bm, stride_sb, scale, softcap, threshold, keep_scale,
-        SOFTCAP, ALIBI, BIAS, BIAS_ALIGN, BIAS_STEP, SINKS, DROPOUT, FOLD, LEFT, RAGGED, SINGLE,
+        SOFTCAP, ALIBI, BIAS, BIAS_ALIGN, BIAS_STEP, BIAS_TILES, SINKS, DROPOUT, FOLD, LEFT, RAGGED, SINGLE,
     )  # fmt: skip
     q_tiles = gl.allocate_shared_memory(dtype, [QUERY_STAGES * GROUPS, 64, D], swizzled(2, D))
     queries = Ring(q_tiles, barriers(QUERY_STAGES, 1), barriers(QUERY_STAGES, GROUPS), QUERY_STAGES)
@@ -284,7 +311,10 @@ def forward_kernel(
     outputs = q_tiles
     if not SHARED:
         outputs = gl.allocate_shared_memory(dtype, [GROUPS, 64, DV], swizzled(2, DV))
-    pipes = Pipes(queries, keys, values, outputs, GROUPS, BLOCK_N, DV, SHARED, OVERLAP, STRIPS)
+    biases = q_tiles
+    if BIAS_TILES:
+        biases = gl.allocate_shared_memory(dtype, [STAGES * GROUPS, 64, BLOCK_N], swizzled(2, BLOCK_N))
+    pipes = Pipes(queries, keys, values, biases, outputs, GROUPS, BLOCK_N, DV, SHARED, OVERLAP, STRIPS, BIAS_TILES)
     fence_async_shared()
     barrier()
     if GROUPS == 3:
@@ -293,7 +323,7 @@ def forward_kernel(
                 (_consumer, (o_desc, out, lse, stride_om, stride_oh, pipes, shapes, change, 0, DIM_V)),
                 (_consumer, (o_desc, out, lse, stride_om, stride_oh, pipes, shapes, change, 1, DIM_V)),
                 (_consumer, (o_desc, out, lse, stride_om, stride_oh, pipes, shapes, change, 2, DIM_V)),
-                (_producer, (q_desc, k_desc, v_desc, pipes, shapes)),
+                (_producer, (q_desc, k_desc, v_desc, bias_desc, pipes, shapes, change)),
             ],
             [4, 4, 4],
             [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS],
@@ -303,7 +333,7 @@ def forward_kernel(
             [
                 (_consumer, (o_desc, out, lse, stride_om, stride_oh, pipes, shapes, change, 0, DIM_V)),
                 (_consumer, (o_desc, out, lse, stride_om, stride_oh, pipes, shapes, change, 1, DIM_V)),
-                (_producer, (q_desc, k_desc, v_desc, pipes, shapes)),
+                (_producer, (q_desc, k_desc, v_desc, bias_desc, pipes, shapes, change)),
             ],
             [4, 4],
             [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
@@ -312,7 +342,7 @@ def forward_kernel(
         gl.warp_specialize(
             [
                 (_consumer, (o_desc, out, lse, stride_om, stride_oh, pipes, shapes, change, 0, DIM_V)),
-                (_producer, (q_desc, k_desc, v_desc, pipes, shapes)),
+                (_producer, (q_desc, k_desc, v_desc, bias_desc, pipes, shapes, change)),
             ],
             [4],
             [PRODUCER_REGISTERS],

@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from flashtile.backends.hopper import configs, descriptors, launch
+from flashtile.backends.hopper import bias_tiles, configs, descriptors, launch
 from flashtile.backends.hopper.forward_kernel import forward_kernel
 from flashtile.gpu import arguments
 from flashtile.problem import Call, Problem
@@ -22,7 +22,9 @@ def forward(problem: Problem, call: Call, out: Tensor | None = None) -> tuple[Te
     written = out if descriptors.fits(out) else descriptors.aligned_like(out)
     lse = torch.empty(problem.lse_shape, dtype=torch.float32, device=q.device)
     call = arguments.with_dense_bias(call)
-    launch.run(forward_kernel, problem, call, (q, k, v, written), (written, lse), prepare)
+    bias = bias_tiles.matrices(problem, call)
+    boxed = (q, k, v, written, q if bias is None else bias)
+    launch.run(forward_kernel, problem, call, boxed, (written, lse), prepare, (bias is not None,))
     if written is not out:
         out.copy_(written)
     return out, lse
@@ -33,9 +35,9 @@ def _diagonal(problem: Problem) -> int:
     return problem.k_len - problem.q_len + (problem.window_right or 0)
 
 
-def prepare(problem: Problem, call: Call, boxed: tuple[Tensor, ...], variant: tuple[object, ...]) -> launch.Plan:
-    """The launch of a problem; boxed: q, k, v and out."""
-    config = configs.forward(problem)
+def prepare(problem: Problem, call: Call, boxed: tuple[Tensor, ...], variant: tuple[Any, ...]) -> launch.Plan:
+    """The launch of a problem; boxed: q, k, v, out and the bias; variant: whether that is loaded by TMA."""
+    config = configs.forward(problem, variant[0])
     assert config is not None, problem
     tiles = max(1, triton.cdiv(problem.q_len, 64 * config.groups))  # one, so that rows of no sequence are cleared
     programs = (problem.batch + problem.varlen) * problem.q_heads
@@ -54,6 +56,7 @@ def prepare(problem: Problem, call: Call, boxed: tuple[Tensor, ...], variant: tu
         "stride_om": out.stride(-3),
         "stride_oh": out.stride(-2),
         "BIAS_STEP": biases.pop("stride_bn"),
+        "BIAS_TILES": variant[0],
         "tiles": tiles,
         "programs": programs,
         "section": section,
@@ -61,7 +64,7 @@ def prepare(problem: Problem, call: Call, boxed: tuple[Tensor, ...], variant: tu
         "GROUPS": config.groups,
         "BLOCK_N": config.block_n,
         "STAGES": config.stages,
-        "SHARED": config.shared and problem.qk_dim == problem.v_dim,
+        "SHARED": config.shared and configs.width(problem.qk_dim) == configs.width(problem.v_dim),
         # Where every row sees all keys and they fill whole tiles, nothing is ever masked.
         "RAGGED": problem.varlen or arguments.mask_kind(problem) != "none" or problem.k_len % config.block_n > 0,
         "SINGLE": falling and 64 * config.groups == config.block_n and _diagonal(problem) % config.block_n == 0,
@@ -76,13 +79,15 @@ def prepare(problem: Problem, call: Call, boxed: tuple[Tensor, ...], variant: tu
     }
 
     def describe(boxed: tuple[Tensor, ...]) -> tuple[Any, ...]:
-        q, k, v, out = boxed
+        q, k, v, out, bias = boxed
         dim, v_dim = configs.width(problem.qk_dim), configs.width(problem.v_dim)
+        queries = descriptors.rows(q, 64, dim, problem.varlen)
         return (
-            descriptors.rows(q, 64, dim, problem.varlen),
+            queries,
             descriptors.rows(k, config.block_n, dim, problem.varlen),
             descriptors.rows(v, config.block_n, v_dim, problem.varlen),
             descriptors.rows(out, 64, v_dim, problem.varlen),
+            bias_tiles.boxes(bias, 64, config.block_n) if variant[0] else queries,
         )
 
     return launch.Plan(min(tiles * programs, launch.multiprocessors(out.device)), values, {"num_warps": 4}, describe)

@@ -12,8 +12,10 @@ MINUS_INFINITY = gl.constexpr(float("-inf"))
 
 @gluon.jit
 def load_bias(rows, change, key, BLOCK_N: gl.constexpr):
-    """The bias of a tile of scores, early enough for its latency to pass under a product; 0 without one."""
-    if change.BIAS == "none":
+    """The bias of a tile of scores, early enough for its latency to pass under a product; 0 where there is none to load
+    by pointers.
+    """
+    if change.BIAS == "none" or change.BIAS_TILES:
         return 0.0
     else:
         col = key + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, accumulator(BLOCK_N)))
@@ -34,6 +36,9 @@ def weigh(s, m, rows, change, key, bias, MASKED: gl.constexpr):
     elif change.SOFTCAP != "none" and not change.ALIBI and change.BIAS == "none":
         s = tanh(s * (change.scale / change.softcap), change.SOFTCAP)
         unit = change.softcap * LOG2E
+    elif change.SOFTCAP == "none" and not change.ALIBI and change.BIAS == "additive":
+        s = s * change.scale + bias.to(gl.float32)
+        unit = LOG2E
     else:
         s, _ = score(
             s, rows.row[:, None], col[None, :], rows.k_len - rows.q_len, change.scale, change.softcap, rows.slope,

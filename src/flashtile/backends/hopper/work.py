@@ -143,6 +143,7 @@ class Change:
     BIAS: gl.constexpr
     BIAS_ALIGN: gl.constexpr
     BIAS_STEP: gl.constexpr
+    BIAS_TILES: gl.constexpr
     SINKS: gl.constexpr
     DROPOUT: gl.constexpr
     FOLD: gl.constexpr
@@ -184,3 +185,4 @@ class Rows:
     seed_low: gl.tensor
     seed_high: gl.tensor
     offset: gl.tensor
+    WG: gl.constexpr

@@ -195,7 +195,6 @@ def _add_steps(
 ):  # fmt: skip
     """Steps begin to end of the g-th head. furthest: the last tile of keys that step `begin` - 1 sees, or this one."""
     base = place.block(g)
-    STORED: gl.constexpr = dbias.KIND == "boxes" and dbias.desc.dtype != gl.float32
     for i in range(begin, end):
         if turns.ORDERED:
             if i > sources.first:
@@ -205,7 +204,7 @@ def _add_steps(
         pipes.scores.await_full(n)
         if dbias.KIND == "boxes":
             dbias.send(n, i * pipes.BLOCK_M, g, pipes, place, FROM, TO)
-        _add(dq_desc, base + i, n, pipes, FROM, TO, TO - FROM if STORED else 0)
+        _add(dq_desc, base + i, n, pipes, FROM, TO, TO - FROM if dbias.STORED else 0)
         if LOADS:
             if n + pipes.queries.STAGES < sources.steps(place):
                 sources.load_step(pipes, place, n + pipes.queries.STAGES)
@@ -250,6 +249,8 @@ def _reduce(dq_desc, turns, sources, pipes, place, mask, dbias, spans, LOADS: gl
         if sources.last > sources.first:
             turns.pass_on(place.block(g) + sources.last - 1)
     mbarrier.arrive(pipes.done.index(0), count=1)
+    if dbias.STORED and (mask.KIND != "none" or mask.RAGGED):
+        dbias.blank(pipes, place, spans)
     tma.store_wait(0)
 
 
@@ -315,7 +316,9 @@ def backward_kernel(
         bias, slopes, rng, stride_bb, stride_bh, stride_bm, stride_sb, scale, softcap, threshold, keep_scale, SOFTCAP,
         ALIBI, BIAS, BIAS_ALIGN, BIAS_STEP, BIAS_TILES, DROPOUT, ORDERED,
     )  # fmt: skip
-    bias_gradient = BiasGradient(dbias_desc, dbias, stride_gb, stride_gh, max_k, DBIAS)
+    bias_gradient = BiasGradient(
+        dbias_desc, dbias, stride_gb, stride_gh, max_k, DBIAS, DBIAS == "boxes" and dbias.dtype.element_ty != gl.float32
+    )
     spans = mask.walks(place, GROUPS)
 
     keys = gl.allocate_shared_memory(dtype, [GROUPS, KEYS, D], swizzled(2, D))

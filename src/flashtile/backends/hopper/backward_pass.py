@@ -64,6 +64,8 @@ def backward(
     )
     tensors = (first_rows, end_rows, dbias_or_rows, counters)
     bias, dbias_boxes = bias_boxes(problem, call, dbias if kind in ("tile", "summed") else None)
+    if kind == "tile" and dbias is not None and (dbias_boxes is None or dbias.dtype == torch.float32):
+        dbias.zero_()  # pairs that no row sees are not visited
     boxed = (q, k, v, dout, rows, accumulated, dk, dv, q if bias is None else bias, q if dbias_boxes is None else dbias_boxes)
     stride_tb = first_rows.stride(0) if problem.table and first_rows.shape[0] > 1 else 0
     variant = ("tile" if each else kind, stride_tb, bias is not None, dbias_boxes is not None)
@@ -83,6 +85,9 @@ def backward(
 
 def _bias_memory(problem: Problem, call: Call, kind: str, each: bool) -> Tensor | None:
     """What the kernels fill: float32 where several of them add to the same place."""
+    if kind == "tile":
+        assert call.bias is not None
+        return torch.empty_like(call.bias, memory_format=torch.contiguous_format)
     if kind != "summed":
         return bias_gradient.allocate(problem, call, kind)
     batch, heads = (problem.batch, problem.q_heads) if each else problem.bias_shape[:2]  # type: ignore[index]

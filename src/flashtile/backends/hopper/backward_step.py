@@ -12,7 +12,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from flashtile.backends.hopper.backward_work import KEYS
 from flashtile.backends.hopper.bias_tiles import add_tile, axis, store_tile
-from flashtile.backends.hopper.dialect import aggregate
+from flashtile.backends.hopper.dialect import aggregate, barrier
 from flashtile.backends.hopper.tiles import accumulator, left_operand, partial_sums
 from flashtile.gpu.philox import random_state, random_words
 from flashtile.gpu.scores import LOG2E, score
@@ -70,7 +70,7 @@ class BiasGradient:
     """Where dS goes for the gradient of a bias. KIND: as flashtile.gpu.bias_gradient has it, or "none".
 
     "tile" stores each value, "summed" adds it to what other batches and heads add there, "column" sums over the query
-    rows: float32 (batch, heads, max_k). "boxes" leaves by TMA, stored, or added as float32: `send`. Strides are 0 where
+    rows: float32 (batch, heads, max_k). "boxes" leaves by TMA, stored (STORED) or added as float32. Strides are 0 where
     the bias is broadcast.
     """
 
@@ -80,6 +80,7 @@ class BiasGradient:
     stride_h: gl.tensor
     max_k: gl.tensor
     KIND: gl.constexpr
+    STORED: gl.constexpr
 
     @gluon.jit
     def of_head(self, keys):
@@ -108,10 +109,31 @@ class BiasGradient:
         for w in gl.static_range(FROM, TO):
             at = [b, h, row, place.first_key + KEYS * w]
             ds = pipes.scores_of(n, w).permute((1, 0))
-            if self.desc.dtype == gl.float32:
-                add_tile(self.desc, at, ds, pipes.exit(n, pipes.SLOTS - 1))
-            else:
+            if self.STORED:
                 store_tile(self.desc, at, ds)
+            else:
+                add_tile(self.desc, at, ds, pipes.exit(n, pipes.SLOTS - 1))
+
+    @gluon.jit
+    def blank(self, pipes, place, spans):
+        """Done by the same warp group, at its end: zeros for the pairs of `spans`' keys and of rows that see none."""
+        FLAT: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [4, 1], [1, 0])
+        LINES: gl.constexpr = pipes.exits.shape[1]
+        zeros = pipes.exits.index(0)
+        tma.store_wait(0)
+        barrier()
+        zeros.store(gl.zeros([LINES, 256], gl.float32, FLAT))
+        fence_async_shared()
+        barrier()
+        b = axis(place.b, self.stride_b)
+        tiles = gl.cdiv(place.q_len, place.BLOCK_M)
+        for g in range(place.group if pipes.GROUPED else 1):
+            h = axis(place.head(g), self.stride_h)
+            for w in gl.static_range(pipes.GROUPS):
+                start, _, _, stop = spans[w]
+                for i in range(tiles - (stop - start)):
+                    row = gl.where(i < start, i, i + stop - start) * place.BLOCK_M
+                    store_tile(self.desc, [b, h, row, place.first_key + KEYS * w], zeros)
 
     @gluon.jit
     def no_sums(self, BLOCK_M: gl.constexpr):

@@ -66,12 +66,13 @@ def after(file: str, line: str, added: str, deeper: int = 0) -> Edit:
     return Edit(file, f"\n{line}\n", f"\n{line}\n{indent}{added}\n")
 
 
-_CLAIM_KEYS = "                full = pipes.keys.claim(n, k_desc.block_type.nbytes)"
-_CLAIM_QUERIES = "        full = pipes.queries.claim(n, self.q.block_type.nbytes + self.rows.block_type.nbytes)"
+_CLAIM_KEYS = "                full = pipes.keys.claim(n, KEY_BYTES + BIAS_BYTES)"
+_CLAIM_QUERIES = "        full = pipes.queries.claim(n, QUERY_BYTES + BIAS_BYTES)"
 _WALK = "    for j in range(gl.maximum(above - below, 0)):"
 _WAIT = "    q = pipes.queries.wait(n)"
-_HAND_OVER = "    weights.slot(n).store(handed)"
-_TAKE_OVER = "    p = weights.wait(n).load(LAYOUT)"
+_TAKE_SCORES = "        pipes.scores.await_full(n)"
+_HAND_OVER = "    weights.slot(n).permute((1, 0)).store(handed)"
+_TAKE_OVER = "    p = weights.wait(n).permute((1, 0)).load(LAYOUT)"
 
 DELAYED = (
     Mutant("late producer", "forward", (before("forward_kernel", _CLAIM_KEYS, "late(n)"),)),
@@ -88,8 +89,8 @@ DELAYED = (
         Mutant(f"late keys {w}", "backward", (before("backward_step", _WAIT, f"late(n * (WG == {w}))"),))
         for w in (0, 1)
     ),
-    Mutant("late dq", "backward", (after("backward_kernel", "    pipes.scores.await_full(n)", "late(n)"),)),
-    Mutant("late wide dq", "backward", (after("backward_kernel", "    pipes.scores.await_full(n)", "late(n)"),), True),
+    Mutant("late dq", "backward", (after("backward_kernel", _TAKE_SCORES, "late(n)"),)),
+    Mutant("late wide dq", "backward", (after("backward_kernel", _TAKE_SCORES, "late(n)"),), True),
     Mutant("late weights", "backward", (before("backward_wide", _HAND_OVER, "late(n)"),), True),
     Mutant("late derivatives", "backward", (before("backward_wide", _TAKE_OVER, "late(n)"),), True),
 )
@@ -117,7 +118,11 @@ UNSAFE = (
         "backward",
         (
             before("backward_wide", _HAND_OVER, "sleep(20000)"),
-            Edit("backward_wide", _TAKE_OVER, "    weights.await_empty(n)\n    p = weights.slot(n).load(LAYOUT)"),
+            Edit(
+                "backward_wide",
+                _TAKE_OVER,
+                "    weights.await_empty(n)\n    p = weights.slot(n).permute((1, 0)).load(LAYOUT)",
+            ),
         ),
         True,
     ),

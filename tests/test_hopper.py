@@ -11,7 +11,7 @@ import torch
 from flashtile import dispatch
 from flashtile.backends import hopper
 from flashtile.backends.hopper import backward_configs, configs
-from flashtile.problem import Problem
+from flashtile.problem import Call, Problem
 
 SHARED_MEMORY = 227 * 1024
 
@@ -121,3 +121,64 @@ def test_what_tma_cannot_address_is_copied(length: int) -> None:
         assert torch.equal(copied, tensor)
         assert descriptors.fits(copied)
         assert not descriptors.fits(tensor)
+
+
+BIASED = replace(PLAIN, batch=2, q_len=40, k_len=24, q_heads=3, kv_heads=3, bias="additive", bias_shape=(2, 3, 40, 24))
+
+
+def bias_call(bias: torch.Tensor) -> Call:
+    return Call(q=torch.empty(0), k=None, v=None, bias=bias)
+
+
+@pytest.mark.parametrize(
+    ("bias", "shape"),
+    [
+        (torch.empty(2, 3, 40, 24).bfloat16(), (2, 3, 40, 24)),
+        (torch.empty(3, 40, 24).bfloat16(), (1, 3, 40, 24)),
+        (torch.empty(40, 24).bfloat16().expand(2, 3, 40, 24), (1, 1, 40, 24)),
+        (torch.empty(2, 1, 40, 24).bfloat16().expand(2, 3, 40, 24), (2, 1, 40, 24)),
+        (torch.empty(2, 3, 40, 32).bfloat16()[..., :24], (2, 3, 40, 24)),
+    ],
+)
+def test_a_bias_that_tma_can_address_keeps_its_memory(bias: torch.Tensor, shape: tuple[int, ...]) -> None:
+    from flashtile.backends.hopper import bias_tiles
+
+    found = bias_tiles.matrices(BIASED, bias_call(bias))
+    assert found is not None
+    assert found.shape == shape
+    assert found.data_ptr() == bias.data_ptr()
+    box = bias_tiles.boxes(found, 64, 64)
+    assert list(box.shape) == list(shape)
+    assert box.strides[2:] == [bias.stride(-2), 1]
+    assert all(stride > 0 and stride % 8 == 0 for stride in box.strides[:3])
+
+
+@pytest.mark.parametrize(
+    "bias",
+    [
+        torch.empty(2, 3, 40, 24),
+        torch.empty(2, 3, 40, 24).bool(),
+        torch.empty(2, 3, 1, 24).bfloat16(),
+        torch.empty(2, 3, 1, 24).bfloat16().expand(2, 3, 40, 24),
+        torch.empty(2, 3, 40, 1).bfloat16(),
+        torch.empty(24).bfloat16(),
+        torch.empty(2, 3, 40, 25).bfloat16()[..., :24],
+        torch.empty(2, 3, 40, 32).bfloat16()[..., 1:25],
+    ],
+)
+def test_other_biases_go_by_pointers(bias: torch.Tensor) -> None:
+    from flashtile.backends.hopper import bias_tiles
+
+    assert bias_tiles.matrices(BIASED, bias_call(bias)) is None
+
+
+def test_a_bias_by_tma_finds_shared_memory() -> None:
+    for dim in (64, 128, 256):
+        biased = replace(PLAIN, qk_dim=dim, v_dim=dim, bias="additive", bias_shape=(2, 16, 4096, 4096))
+        for problem in (biased, replace(biased, window_left=100), replace(biased, varlen=True)):
+            config = configs.forward(problem, True)
+            if config is not None:
+                rows = 64 * config.groups
+                tiles = config.query_stages * rows * dim + 2 * config.stages * config.block_n * dim
+                tiles += config.stages * config.block_n * rows + (0 if config.shared else rows * dim)
+                assert tiles * 2 + 1024 <= SHARED_MEMORY

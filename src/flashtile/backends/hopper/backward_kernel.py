@@ -35,7 +35,7 @@ RUNTIME = [*RUNTIME, "stride_bb", "stride_bh", "stride_bm", "stride_gb", "stride
 
 @aggregate
 class Sources:
-    """What is loaded: query tiles with their rows of lse and delta and tiles of dO and of a bias for each step, keys and
+    """What is loaded: query tiles with their rows of lse and delta, tiles of dO and of a bias for each step, keys and
     values once.
 
     first, last: the query tiles that the program walks through for each grouped head.
@@ -67,7 +67,8 @@ class Sources:
         h = place.head(g)
         row = i * BLOCK_M
         BIAS_BYTES: gl.constexpr = pipes.GROUPS * self.bias.block_type.nbytes if pipes.BIAS_TILES else 0
-        full = pipes.queries.claim(n, self.q.block_type.nbytes + self.rows.block_type.nbytes + BIAS_BYTES)
+        QUERY_BYTES: gl.constexpr = self.q.block_type.nbytes + self.rows.block_type.nbytes
+        full = pipes.queries.claim(n, QUERY_BYTES + BIAS_BYTES)
         slot = pipes.queries.slot(n)
         load_rows(self.q, full, slot, place.b, h, place.q_start, place.q_len, row, place.VARLEN)
         pair = pipes.rows.index(n % pipes.queries.STAGES)
@@ -289,14 +290,15 @@ def _consume(dk_desc, dv_desc, pipes, place, mask, scoring, dbias, spans, WG: gl
 
 @gluon.jit(do_not_specialize=RUNTIME)
 def backward_kernel(
-    q_desc, k_desc, v_desc, do_desc, rows_desc, dq_desc, dk_desc, dv_desc, bias_desc, dbias_desc, first_rows, end_rows, dbias,
-    counters, bias, slopes, sinks, cu_q, cu_k, lo, hi, rng, mailbox, stride_bb, stride_bh, stride_bm, stride_gb, stride_gh, stride_sb,
-    stride_tb, batch, heads, group, max_q, max_k, total_q, total_k, padded, tiles, programs, section, left, right,
-    scale, softcap, threshold, keep_scale, BLOCK_M: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
-    SLOTS: gl.constexpr, CONSUME_REGISTERS: gl.constexpr, LOAD_REGISTERS: gl.constexpr, GROUPED: gl.constexpr,
-    VARLEN: gl.constexpr, KIND: gl.constexpr, LEFT: gl.constexpr, RAGGED: gl.constexpr, SOFTCAP: gl.constexpr,
-    ALIBI: gl.constexpr, BIAS: gl.constexpr, BIAS_ALIGN: gl.constexpr, BIAS_STEP: gl.constexpr, BIAS_TILES: gl.constexpr, DROPOUT: gl.constexpr,
-    ORDERED: gl.constexpr, DBIAS: gl.constexpr, DETERMINISTIC: gl.constexpr,
+    q_desc, k_desc, v_desc, do_desc, rows_desc, dq_desc, dk_desc, dv_desc, bias_desc, dbias_desc, first_rows, end_rows,
+    dbias, counters, bias, slopes, sinks, cu_q, cu_k, lo, hi, rng, mailbox, stride_bb, stride_bh, stride_bm, stride_gb,
+    stride_gh, stride_sb, stride_tb, batch, heads, group, max_q, max_k, total_q, total_k, padded, tiles, programs,
+    section, left, right, scale, softcap, threshold, keep_scale, BLOCK_M: gl.constexpr, GROUPS: gl.constexpr,
+    STAGES: gl.constexpr, SLOTS: gl.constexpr, CONSUME_REGISTERS: gl.constexpr, LOAD_REGISTERS: gl.constexpr,
+    GROUPED: gl.constexpr, VARLEN: gl.constexpr, KIND: gl.constexpr, LEFT: gl.constexpr, RAGGED: gl.constexpr,
+    SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, BIAS: gl.constexpr, BIAS_ALIGN: gl.constexpr, BIAS_STEP: gl.constexpr,
+    BIAS_TILES: gl.constexpr, DROPOUT: gl.constexpr, ORDERED: gl.constexpr, DBIAS: gl.constexpr,
+    DETERMINISTIC: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
     D: gl.constexpr = k_desc.block_type.shape[-1]

@@ -63,20 +63,20 @@ def backward(
         (q, q) if call.lo is None or call.hi is None else rows_seeing(call.lo, call.hi, problem.k_len)
     )
     tensors = (first_rows, end_rows, dbias_or_rows, counters)
-    bias, dbias_boxes = bias_boxes(problem, call, dbias if kind in ("tile", "summed") else None)
-    if kind == "tile" and dbias is not None and (dbias_boxes is None or dbias.dtype == torch.float32):
+    matrices = bias_boxes(problem, call, dbias if kind in ("tile", "summed") else None)
+    if kind == "tile" and dbias is not None and (matrices[1] is None or dbias.dtype == torch.float32):
         dbias.zero_()  # pairs that no row sees are not visited
-    boxed = (q, k, v, dout, rows, accumulated, dk, dv, q if bias is None else bias, q if dbias_boxes is None else dbias_boxes)
+    boxed = (q, k, v, dout, rows, accumulated, dk, dv, *(q if matrix is None else matrix for matrix in matrices))
     stride_tb = first_rows.stride(0) if problem.table and first_rows.shape[0] > 1 else 0
-    variant = ("tile" if each else kind, stride_tb, bias is not None, dbias_boxes is not None)
+    variant = ("tile" if each else kind, stride_tb, *(matrix is not None for matrix in matrices))
     launch.run(backward_kernel, problem, call, boxed, tensors, prepare, variant)
 
     for grad, written in zip(dkv, (dk, dv), strict=True):
         if written is not grad:
             grad.copy_(written)
     backward_epilogue.run(problem, call, (accumulated, *grads))
-    if dbias_boxes is not None and problem.dropout_p > 0:  # what is kept is scaled once, at the end
-        dbias_boxes.mul_(1.0 / (1.0 - problem.dropout_p))
+    if matrices[1] is not None and problem.dropout_p > 0:  # what is kept is scaled once, at the end
+        matrices[1].mul_(1.0 / (1.0 - problem.dropout_p))
     if dbias is not None and kind != "tile":
         dbias = bias_gradient.finish_sums(problem, call, kind, dbias)
     dsinks = None if call.sinks is None else sums.sum((0, 2)).to(call.sinks.dtype)

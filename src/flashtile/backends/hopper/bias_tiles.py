@@ -1,7 +1,7 @@
 """An additive bias by TMA: which ones it can address, their descriptors, and how tiles come and go.
 
-A tile holds 16-bit scores of some query rows (its rows) and 64 or more keys. What TMA cannot address, and a bias that is
-one value per row or per key, goes by pointers.
+A tile has a row for each of its queries, with a 16-bit value for each of its keys. What TMA cannot address, and a bias
+that is one value per row or per key, goes by pointers.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["add_tile", "addressable", "axis", "boxes", "load_tile", "matrices", 
 
 
 def matrices(problem: Problem, call: Call) -> Tensor | None:
-    """The bias as (batch, heads, q_len, k_len), with 1 where batches or heads share it; None where TMA cannot load it."""
+    """The bias as (batch, heads, q_len, k_len), 1 where batches or heads share it; None where TMA cannot load it."""
     bias = call.bias
     if bias is None or bias.dtype not in (torch.float16, torch.bfloat16):
         return None
@@ -55,8 +55,8 @@ def axis(index, stride):
 
 @gluon.jit
 def load_tile(desc, full, tile, b, h, row, key):
-    """Starts the copy of a box into tile [ROWS, COLUMNS]; its bytes arrive at the barrier `full`. Rows and keys past the
-    end read as 0.
+    """Starts the copy of a box into tile [ROWS, COLUMNS]; its bytes arrive at the barrier `full`. What lies past the
+    end reads as 0.
     """
     load(desc, [b, h, row, key], full, reinterpret(tile, desc.dtype, desc.block_type.shape, desc.layout))
 

@@ -94,7 +94,7 @@ FORWARD = (
     Row(128, 0, Config(2, 128, 2, _TWO, query_stages=2)),  # full 653 at 16384, overlap 624, turns 637
     Row(128, 1, Config(2, 64, 3, _TWO, query_stages=2, overlap=True), _dropout),  # 382; 128 keys, 388, spill
     Row(128, 1, Config(2, 128, 2, _TWO, query_stages=2, overlap=True)),  # softcap 500, ALiBi 537
-    Row(128, 2, Config(2, 128, 2, _TWO, shared=True), bias_tiles=True),
+    Row(128, 2, Config(2, 128, 2, _TWO, shared=True, overlap=True), bias_tiles=True),  # 428, 64 keys 406
     Row(128, 9, Config(2, 64, 3, _TWO, shared=True, query_stages=2), bias_tiles=True),
     Row(128, 2, Config(2, 64, 3, _TWO, query_stages=2)),  # 128 keys spill
     Row(128, 9, Config(2, 32, 4, _TWO, query_stages=2)),  # 64 keys spill

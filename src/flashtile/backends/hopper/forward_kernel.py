@@ -284,14 +284,15 @@ def _blank(out, lse, tile, h, stride_om, stride_oh, shapes, DV: gl.constexpr, DI
 
 @gluon.jit(do_not_specialize=[*RUNTIME, "stride_bb", "stride_bh", "stride_bm"])
 def forward_kernel(
-    q_desc, k_desc, v_desc, o_desc, bias_desc, out, lse, bias, slopes, sinks, cu_q, cu_k, lo, hi, rng, mailbox, stride_om,
-    stride_oh, stride_bb, stride_bh, stride_bm, stride_sb, stride_tb, batch, heads, group, max_q, max_k, total_q,
-    total_k, tiles, programs, section, left, right, scale, softcap, threshold, keep_scale, GROUPS: gl.constexpr,
-    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, SHARED: gl.constexpr, DIM_V: gl.constexpr,
+    q_desc, k_desc, v_desc, o_desc, bias_desc, out, lse, bias, slopes, sinks, cu_q, cu_k, lo, hi, rng, mailbox,
+    stride_om, stride_oh, stride_bb, stride_bh, stride_bm, stride_sb, stride_tb, batch, heads, group, max_q, max_k,
+    total_q, total_k, tiles, programs, section, left, right, scale, softcap, threshold, keep_scale,
+    GROUPS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, SHARED: gl.constexpr, DIM_V: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, VARLEN: gl.constexpr, KIND: gl.constexpr,
     LEFT: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, BIAS: gl.constexpr, BIAS_ALIGN: gl.constexpr,
-    BIAS_STEP: gl.constexpr, BIAS_TILES: gl.constexpr, SINKS: gl.constexpr, DROPOUT: gl.constexpr, FOLD: gl.constexpr, RAGGED: gl.constexpr,
-    SINGLE: gl.constexpr, PAIRED: gl.constexpr, QUERY_STAGES: gl.constexpr, OVERLAP: gl.constexpr, STRIPS: gl.constexpr,
+    BIAS_STEP: gl.constexpr, BIAS_TILES: gl.constexpr, SINKS: gl.constexpr, DROPOUT: gl.constexpr, FOLD: gl.constexpr,
+    RAGGED: gl.constexpr, SINGLE: gl.constexpr, PAIRED: gl.constexpr, QUERY_STAGES: gl.constexpr, OVERLAP: gl.constexpr,
+    STRIPS: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
     D: gl.constexpr = q_desc.block_type.shape[-1]

@@ -42,8 +42,7 @@ def backward(
     call = arguments.with_dense_bias(call)
     q, k, v, dout = (descriptors.aligned(tensor) for tensor in (call.q, call.k, call.v, dout))
     kind = bias_gradient.kind(problem) if bias_grad else "none"
-    each = kind == "summed" and problem.deterministic  # every head's own gradient is added up in a fixed order
-    dbias = _bias_memory(problem, call, kind, each)
+    each, dbias = bias_memory(problem, call, kind)
     rows = torch.empty(2, arguments.scratch_rows(problem), dtype=torch.float32, device=q.device)
     columns, _ = backward_configs.widths(problem)
     accumulated = torch.empty(rows.shape[1] * columns // 256, 256, dtype=torch.float32, device=q.device)
@@ -64,7 +63,7 @@ def backward(
     )
     tensors = (first_rows, end_rows, dbias_or_rows, counters)
     matrices = bias_boxes(problem, call, dbias if kind in ("tile", "summed") else None)
-    if kind == "tile" and dbias is not None and (matrices[1] is None or dbias.dtype == torch.float32):
+    if each and dbias is not None and (matrices[1] is None or dbias.dtype == torch.float32):
         dbias.zero_()  # pairs that no row sees are not visited
     boxed = (q, k, v, dout, rows, accumulated, dk, dv, *(q if matrix is None else matrix for matrix in matrices))
     stride_tb = first_rows.stride(0) if problem.table and first_rows.shape[0] > 1 else 0
@@ -75,23 +74,30 @@ def backward(
         if written is not grad:
             grad.copy_(written)
     backward_epilogue.run(problem, call, (accumulated, *grads))
-    if matrices[1] is not None and problem.dropout_p > 0:  # what is kept is scaled once, at the end
-        matrices[1].mul_(1.0 / (1.0 - problem.dropout_p))
-    if dbias is not None and kind != "tile":
+    if dbias is not None:
         dbias = bias_gradient.finish_sums(problem, call, kind, dbias)
+        if matrices[1] is not None and problem.dropout_p > 0:  # what is kept is scaled once, at the end
+            dbias.mul_(1.0 / (1.0 - problem.dropout_p))
     dsinks = None if call.sinks is None else sums.sum((0, 2)).to(call.sinks.dtype)
     return dbias, dsinks
 
 
-def _bias_memory(problem: Problem, call: Call, kind: str, each: bool) -> Tensor | None:
-    """What the kernels fill: float32 where several of them add to the same place."""
-    if kind == "tile":
-        assert call.bias is not None
-        return torch.empty_like(call.bias, memory_format=torch.contiguous_format)
-    if kind != "summed":
-        return bias_gradient.allocate(problem, call, kind)
-    batch, heads = (problem.batch, problem.q_heads) if each else problem.bias_shape[:2]  # type: ignore[index]
-    return torch.zeros(batch, heads, problem.q_len, problem.k_len, dtype=torch.float32, device=call.q.device)
+def bias_memory(problem: Problem, call: Call, kind: str) -> tuple[bool, Tensor | None]:
+    """(Whether each head has a gradient of its own, what the kernels fill with the gradient of a bias).
+
+    What heads share is added up in float32 by the kernels, but afterwards, and in a fixed order, where the call asks for
+    that or no memory is saved.
+    """
+    bias = call.bias
+    if kind not in ("tile", "summed") or bias is None:
+        return False, bias_gradient.allocate(problem, call, kind)
+    assert problem.bias_shape is not None
+    batch, heads = problem.bias_shape[:2]
+    shared = problem.batch * problem.q_heads // (batch * heads)
+    if shared == 1 or problem.deterministic or shared * bias.element_size() <= 4:
+        shape = (problem.batch, problem.q_heads, problem.q_len, problem.k_len)
+        return True, torch.empty(shape, dtype=bias.dtype, device=bias.device)
+    return False, torch.zeros(problem.bias_shape, dtype=torch.float32, device=bias.device)
 
 
 def bias_boxes(problem: Problem, call: Call, dbias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

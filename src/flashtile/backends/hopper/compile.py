@@ -65,7 +65,8 @@ def _launch(name: str, problem: Problem) -> _Launch:
     kind = bias_gradient.kind(problem) if problem.bias == "additive" else "none"
     rows = lse.new_empty(2, arguments.scratch_rows(problem))
     accumulated = lse.new_empty(rows.shape[1] * backward_configs.widths(problem)[0] // 256, 256)
-    dbias = _bias_memory(problem, call, kind, rows)
+    each, memory = backward_pass.bias_memory(problem, call, kind)
+    dbias = rows if memory is None else memory
     counters = lse.new_empty(rows.shape[1] // 64, dtype=torch.int32)
     if name == "prologue":
         tensors: tuple[Tensor, ...] = (out, out, lse, lse, rows, accumulated, counters, dbias, rows)
@@ -79,15 +80,6 @@ def _launch(name: str, problem: Problem) -> _Launch:
     boxed = (q, k, v, out, rows, accumulated, k, v, q if bias is None else bias, q if boxes is None else boxes)
     table = q if call.lo is None else call.lo.new_empty(call.lo.shape[0], problem.k_len)
     stride_tb = table.stride(0) if problem.table and table.shape[0] > 1 else 0
-    variant = (kind, stride_tb, bias is not None, boxes is not None)
+    variant = ("tile" if each else kind, stride_tb, bias is not None, boxes is not None)
     plan = backward_pass.prepare(problem, call, boxed, variant)
     return _Launch(backward_kernel, boxed, (table, table, dbias, counters, *extras), plan)
-
-
-def _bias_memory(problem: Problem, call: Call, kind: str, absent: Tensor) -> Tensor:
-    """What the kernels fill with a bias's gradient."""
-    if kind == "summed":
-        assert problem.bias_shape is not None
-        return absent.new_empty(problem.bias_shape)
-    dbias = bias_gradient.allocate(problem, call, kind)
-    return absent if dbias is None else dbias

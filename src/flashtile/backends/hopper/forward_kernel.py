@@ -116,17 +116,22 @@ def _producer(q_desc, k_desc, v_desc, bias_desc, pipes, shapes, change):
             for w in gl.static_range(pipes.GROUPS):
                 row = first_row + 64 * w
                 load_rows(q_desc, full, pipes.query(work, w), b, h, q_start, q_len, row, shapes.VARLEN)
-            for j in range(stop - first):
+            # Keys come a tile ahead of values: theirs is the slot that is empty first.
+            for j in range(stop - first + 1):
                 key = (stop - 1 - j) * shapes.BLOCK_N
-                full = pipes.keys.claim(n, KEY_BYTES + BIAS_BYTES)
-                load_rows(k_desc, full, pipes.keys.slot(n), b, kv_h, k_start, k_len, key, shapes.VARLEN)
-                if pipes.BIAS_TILES:
-                    bias_b, bias_h = axis(b, change.stride_bb), axis(h, change.stride_bh)
-                    for w in gl.static_range(pipes.GROUPS):
-                        load_tile(bias_desc, full, pipes.bias(n, w), bias_b, bias_h, first_row + 64 * w, key)
-                full = pipes.values.claim(n, v_desc.block_type.nbytes)
-                load_rows(v_desc, full, pipes.values.slot(n), b, kv_h, k_start, k_len, key, shapes.VARLEN)
-                n += 1
+                if j < stop - first:
+                    full = pipes.keys.claim(n, KEY_BYTES + BIAS_BYTES)
+                    load_rows(k_desc, full, pipes.keys.slot(n), b, kv_h, k_start, k_len, key, shapes.VARLEN)
+                    if pipes.BIAS_TILES:
+                        bias_b, bias_h = axis(b, change.stride_bb), axis(h, change.stride_bh)
+                        for w in gl.static_range(pipes.GROUPS):
+                            load_tile(bias_desc, full, pipes.bias(n, w), bias_b, bias_h, first_row + 64 * w, key)
+                    n += 1
+                if j > 0:
+                    before = n - 1 - (j < stop - first).to(gl.int32)
+                    full = pipes.values.claim(before, v_desc.block_type.nbytes)
+                    key += shapes.BLOCK_N
+                    load_rows(v_desc, full, pipes.values.slot(before), b, kv_h, k_start, k_len, key, shapes.VARLEN)
             work += 1
 
 
@@ -291,15 +296,15 @@ def forward_kernel(
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, VARLEN: gl.constexpr, KIND: gl.constexpr,
     LEFT: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, BIAS: gl.constexpr, BIAS_ALIGN: gl.constexpr,
     BIAS_STEP: gl.constexpr, BIAS_TILES: gl.constexpr, SINKS: gl.constexpr, DROPOUT: gl.constexpr, FOLD: gl.constexpr,
-    RAGGED: gl.constexpr, SINGLE: gl.constexpr, PAIRED: gl.constexpr, QUERY_STAGES: gl.constexpr, OVERLAP: gl.constexpr,
-    STRIPS: gl.constexpr,
+    RAGGED: gl.constexpr, SINGLE: gl.constexpr, PAIRED: gl.constexpr, BATCH_FIRST: gl.constexpr,
+    QUERY_STAGES: gl.constexpr, OVERLAP: gl.constexpr, STRIPS: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
     D: gl.constexpr = q_desc.block_type.shape[-1]
     DV: gl.constexpr = o_desc.block_type.shape[-1]
     shapes = Shapes(
         cu_q, cu_k, lo, hi, mailbox, batch, heads, group, max_q, max_k, total_q, total_k, tiles, programs, section,
-        left, right, stride_tb, VARLEN, KIND, PAIRED, GROUPS * 64, BLOCK_N,
+        left, right, stride_tb, VARLEN, KIND, PAIRED, BATCH_FIRST, GROUPS * 64, BLOCK_N,
     )  # fmt: skip
     change = Change(
         bias, slopes, sinks, rng, stride_bb, stride_bh, stride_bm, stride_sb, scale, softcap, threshold, keep_scale,

@@ -61,6 +61,7 @@ def prepare(problem: Problem, call: Call, boxed: tuple[Tensor, ...], variant: tu
         "programs": programs,
         "section": section,
         "PAIRED": paired,
+        "BATCH_FIRST": variant[0] and not problem.varlen and boxed[4].shape[0] < problem.batch,
         "GROUPS": config.groups,
         "BLOCK_N": config.block_n,
         "STAGES": config.stages,

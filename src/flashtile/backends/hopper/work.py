@@ -34,6 +34,7 @@ class Shapes:
     VARLEN: gl.constexpr
     KIND: gl.constexpr
     PAIRED: gl.constexpr
+    BATCH_FIRST: gl.constexpr
     BLOCK_M: gl.constexpr
     BLOCK_N: gl.constexpr
 
@@ -43,7 +44,8 @@ class Shapes:
 
         Every program gets the same sum of work where it falls evenly from a head's last tile to its first. PAIRED: a
         tile and its mirror image make one unit of work, all units are alike, and heads stay together in sections that
-        fit the L2 cache. Otherwise turns run forth and back over the programs.
+        fit the L2 cache. Otherwise turns run forth and back over the programs. BATCH_FIRST: what the batch shares of a
+        head is read by all of it at once.
         """
         width = gl.num_programs(0)
         own = gl.program_id(0)
@@ -56,7 +58,10 @@ class Shapes:
             item = turn * width + gl.where((turn % 2 == 1) & whole, width - 1 - own, own)
             tile, bh = place(item, self.tiles, self.programs, self.section)
             tile = self.tiles - 1 - tile
-        return tile, bh // self.heads, bh % self.heads
+        if self.BATCH_FIRST:
+            return tile, bh % self.batch, bh // self.batch
+        else:
+            return tile, bh // self.heads, bh % self.heads
 
     @gluon.jit
     def skips(self, turn, tile):

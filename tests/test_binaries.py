@@ -67,8 +67,8 @@ def check(rows: list[dict[str, Any]], target: str, dim: int) -> None:
         assert row["shared"] <= SHARED_MEMORY[target], f"shared memory: {row}"
 
 
-# Bytes. The Hopper backward, which nobody gets unasked, still spills: most around its loops, with a bias inside them.
-HOPPER_BACKWARD_SPILLS = {"bias": 1800, "dropout": 450, "": 300}
+# Bytes. The Hopper backward still spills: most around its loops, with every feature at once inside them.
+HOPPER_BACKWARD_SPILLS = {"softcap": 1400, "dropout": 450, "": 300}
 
 # Triton 3.9 needs a few registers more than 3.6 and 3.7 for packed sequences under a window.
 HOPPER_SPILLS = {"3.9.0": 48}

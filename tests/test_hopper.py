@@ -82,6 +82,17 @@ def test_tiles_of_the_backward(dim: int, v_dim: int, keys: int, widths: tuple[in
     assert 2 * (own + ring + scores + leaving + rows) + 1024 <= SHARED_MEMORY
 
 
+@pytest.mark.parametrize("dim", [32, 64, 128])
+def test_a_bias_finds_shared_memory_in_the_backward(dim: int) -> None:
+    config = backward_configs.pick(replace(PLAIN, qk_dim=dim, v_dim=dim), True)
+    assert config.block_m == backward_configs.pick(replace(PLAIN, qk_dim=dim, v_dim=dim)).block_m == 64
+    own = config.block_n * 2 * dim
+    ring = config.stages * (64 * 2 * dim + 64 * config.block_n + 4 * 64)
+    scores = 2 * config.block_n * 64
+    leaving = 2 * config.slots * 64 * min(dim, 64)  # float32
+    assert 2 * (own + ring + scores + leaving) + 1024 <= SHARED_MEMORY
+
+
 def test_heavier_calls_get_smaller_tiles() -> None:
     plain = configs.forward(PLAIN)
     heavy = configs.forward(replace(PLAIN, bias="additive", bias_shape=(1, 1, 4096, 4096)))

@@ -42,7 +42,10 @@ class Config:
 
 
 class Row(NamedTuple):
-    """A config for padded head dims up to max_dim. bias_tiles: it leaves shared memory to tiles of a bias."""
+    """A config for padded head dims up to max_dim. bias_tiles: it leaves shared memory to tiles of a bias.
+
+    Rows of one head dim share block_m: what lies between the kernels is ordered by it.
+    """
 
     max_dim: int
     config: Config

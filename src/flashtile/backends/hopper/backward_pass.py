@@ -85,8 +85,8 @@ def backward(
 def bias_memory(problem: Problem, call: Call, kind: str) -> tuple[bool, Tensor | None]:
     """(Whether each head has a gradient of its own, what the kernels fill with the gradient of a bias).
 
-    What heads share is added up in float32 by the kernels, but afterwards, and in a fixed order, where the call asks for
-    that or no memory is saved.
+    What heads share is added up in float32 by the kernels, but afterwards, and in a fixed order, where the call asks
+    for that or no memory is saved.
     """
     bias = call.bias
     if kind not in ("tile", "summed") or bias is None:

@@ -22,7 +22,7 @@ from flashtile.backends.hopper import (
 from flashtile.backends.hopper.backward_kernel import backward_kernel
 from flashtile.backends.hopper.forward_kernel import forward_kernel
 from flashtile.gpu import arguments, bias_gradient, binary
-from flashtile.problem import Call, Problem
+from flashtile.problem import Problem
 
 KERNELS = ("forward", "prologue", "backward", "epilogue")
 

@@ -217,7 +217,7 @@ SCORES = (
     Case("bias-inf", "-inf entries and a row of them", bias="additive-inf", bias_axes="11qk", dlse=True),
     Case("bias-inf-causal", "-inf entries under a mask", bias="additive-inf", mask=Causal(), q_len=63, k_len=63),
     Case("bias-float32", "a bias finer than half-precision inputs", bias="additive", bias_float32=True),
-    Case("bias-tiles", "tiles in the middle and at both ends", bias="additive", dim=128, q_len=300, k_len=712),
+    Case("bias-tiles", "tiles in the middle and at both ends", bias="additive", dim=128, q_len=200, k_len=328),
     Case(
         "bias-hidden-tiles",
         "pairs that nobody sees before and after those seen, in every place of a tile: their gradient is 0",

@@ -62,7 +62,8 @@ def _launch(name: str, problem: Problem) -> _Launch:
     if name == "forward":
         boxed: tuple[Tensor, ...] = (q, k, v, out)
         plan = forward_pass.prepare(problem, call, boxed, ())
-        return _Launch(forward_kernel, boxed, (out, lse, *extras), plan)
+        counter = lse.new_empty(1, dtype=torch.int32)
+        return _Launch(forward_kernel, boxed, (out, lse, counter, *extras), plan)
     kind = bias_gradient.kind(problem) if problem.bias == "additive" else "none"
     rows = lse.new_empty(2, arguments.scratch_rows(problem))
     accumulated = lse.new_empty(rows.shape[1] * descriptors.width(problem.qk_dim) // 256, 256)

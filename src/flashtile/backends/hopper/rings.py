@@ -28,7 +28,17 @@ class Ring:
     @gluon.jit
     def claim(self, n, NBYTES: gl.constexpr):
         """The producer's: waits until slot n is empty and announces its bytes; returns the barrier they arrive at."""
+        self.await_empty(n)
+        return self.announce(n, NBYTES)
+
+    @gluon.jit
+    def await_empty(self, n):
+        """The producer's: waits until slot n is empty."""
         mbarrier.wait(self.empty.index(n % self.STAGES), ((n // self.STAGES) & 1) ^ 1)
+
+    @gluon.jit
+    def announce(self, n, NBYTES: gl.constexpr):
+        """The producer's: how many bytes are to come to slot n, which is empty; returns the barrier they arrive at."""
         full = self.full.index(n % self.STAGES)
         mbarrier.expect(full, NBYTES)
         return full

@@ -59,9 +59,9 @@ def after(file: str, line: str, added: str, deeper: int = 0) -> Edit:
     return Edit(file, f"\n{line}\n", f"\n{line}\n{indent}{added}\n")
 
 
-_CLAIM_KEYS = "                full = pipes.keys.claim(n, k_desc.block_type.nbytes)"
+_CLAIM_KEYS = "        full = pipes.keys.claim(n, k_desc.block_type.nbytes)"
 _CLAIM_QUERIES = "        full = pipes.queries.claim(n, self.q.block_type.nbytes + self.rows.block_type.nbytes)"
-_WALK = "    for j in range(gl.maximum(above - below, 0)):"
+_WALK = "    for tile in range(stop - 2, first - 1, -1):"
 _WAIT = "    q = pipes.queries.wait(n)"
 
 DELAYED = (

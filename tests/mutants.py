@@ -66,9 +66,9 @@ def after(file: str, line: str, added: str, deeper: int = 0) -> Edit:
     return Edit(file, f"\n{line}\n", f"\n{line}\n{indent}{added}\n")
 
 
-_CLAIM_KEYS = "                    full = pipes.keys.claim(n, KEY_BYTES + BIAS_BYTES)"
+_CLAIM_KEYS = "        full = pipes.keys.claim(n, k_desc.block_type.nbytes + BIAS_BYTES)"
 _CLAIM_QUERIES = "        full = pipes.queries.claim(n, QUERY_BYTES + BIAS_BYTES)"
-_WALK = "    for j in range(gl.maximum(above - below, 0)):"
+_WALK = "    for tile in range(stop - 2, first - 1, -1):"
 _WAIT = "    q = pipes.queries.wait(n)"
 _TAKE_SCORES = "        pipes.scores.await_full(n)"
 _HAND_OVER = "    weights.slot(n).permute((1, 0)).store(handed)"

@@ -92,10 +92,10 @@ def softcap_kind(problem: Problem) -> str:
     return "fast" if problem.capability is not None and problem.dtype.itemsize == 2 else "exact"
 
 
-def section(problem: Problem, length: int, group: int) -> int:
+def section(problem: Problem, length: int, group: int, room: int = _L2_BYTES) -> int:
     """Query heads whose keys and values fit the L2 cache together; a multiple of those that share a key-value head."""
     per_head = max(1, length * (problem.qk_dim + problem.v_dim) * problem.dtype.itemsize)
-    return max(1, _L2_BYTES // per_head) * group
+    return max(1, room // per_head) * group
 
 
 def bias_strides(problem: Problem, biases: dict[str, Tensor | None]) -> tuple[dict[str, Any], list[tuple[int, ...]]]:

@@ -15,7 +15,6 @@ from flashtile.backends.hopper import (
     backward_epilogue,
     backward_pass,
     backward_prologue,
-    bias_tiles,
     forward_pass,
     launch,
 )
@@ -58,10 +57,11 @@ def _launch(name: str, problem: Problem) -> _Launch:
     lse = q.new_empty(problem.lse_shape, dtype=torch.float32)
     extras = arguments.extras(call)
     if name == "forward":
-        bias = bias_tiles.matrices(problem, call)
+        bias = forward_pass.bias_by_tma(problem, call)
         boxed: tuple[Tensor, ...] = (q, k, v, out, q if bias is None else bias)
         plan = forward_pass.prepare(problem, call, boxed, (bias is not None,))
-        return _Launch(forward_kernel, boxed, (out, lse, *extras), plan)
+        counter = lse.new_empty(1, dtype=torch.int32)
+        return _Launch(forward_kernel, boxed, (out, lse, counter, *extras), plan)
     kind = bias_gradient.kind(problem) if problem.bias == "additive" else "none"
     rows = lse.new_empty(2, arguments.scratch_rows(problem))
     accumulated = lse.new_empty(rows.shape[1] * backward_configs.widths(problem)[0] // 256, 256)

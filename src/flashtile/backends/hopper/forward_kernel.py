@@ -4,9 +4,9 @@ One step of a consumer, for key tile j (docs/kernels/hopper_forward.md has the d
 
     issue S_j = Q K_j^T;  issue O += P_(j-1) V_(j-1);  wait for S_j and make P_j of it while the second product runs
 
-Programs are persistent: each walks through its share of (query tile, head) items, and what the producer loads for the
-next item arrives while the consumers finish the last one. Key tiles are visited from the last to the first, so that a
-causal diagonal comes first and the long unmasked walk after it needs no end of its own.
+Programs are persistent: each walks through (query tile, head) items. The producer says which item is next, and what it
+loads for that one arrives while the consumers finish this one. Key tiles are visited from the last to the first: a
+causal diagonal comes first.
 """
 
 from triton.experimental import gluon
@@ -24,7 +24,7 @@ from flashtile.backends.hopper.dialect import aggregate, barrier
 from flashtile.backends.hopper.rings import Ring, barriers, ring
 from flashtile.backends.hopper.softmax import MINUS_INFINITY, drop, load_bias, weigh
 from flashtile.backends.hopper.tiles import accumulator, left_operand, partial_sums
-from flashtile.backends.hopper.work import Change, Rows, Shapes
+from flashtile.backends.hopper.work import Change, Places, Rows, Shapes, places
 from flashtile.gpu.arguments import RUNTIME
 from flashtile.gpu.philox import random_state
 from flashtile.gpu.scores import LN2
@@ -33,12 +33,13 @@ from flashtile.gpu.sequences import past_end
 
 @aggregate
 class Pipes:
-    """What flows between the roles: rings of query, key and value tiles, and the way out.
+    """What flows between the roles: rings of query, key and value tiles, where the queries lie, and the way out.
 
     biases: for each slot of the key ring and each consumer, the bias of its scores, which comes and goes with the keys.
     """
 
     queries: Ring
+    places: Places
     keys: Ring
     values: Ring
     biases: gl.shared_memory_descriptor
@@ -70,6 +71,12 @@ class Pipes:
             return early
 
     @gluon.jit
+    def place(self, work):
+        """(tile, sequence, head) of item `work`, once its queries are there; a tile below 0: there is none."""
+        self.queries.await_full(work)
+        return self.places.read(work)
+
+    @gluon.jit
     def skip(self, n, count):
         """Lets `count` key and value tiles pass that only other consumers' rows see; the number of the tile after."""
         for _ in range(count):
@@ -99,46 +106,87 @@ class Pipes:
 
 
 @gluon.jit
-def _producer(q_desc, k_desc, v_desc, bias_desc, pipes, shapes, change):
-    """Loads the query tile of each item and its key and value tiles, last first."""
-    KEY_BYTES: gl.constexpr = k_desc.block_type.nbytes
-    BIAS_BYTES: gl.constexpr = pipes.GROUPS * bias_desc.block_type.nbytes if pipes.BIAS_TILES else 0
+def _producer(q_desc, k_desc, v_desc, bias_desc, counter, pipes, shapes, change):
+    """Loads the query tile of each item and its key and value tiles, last first.
+
+    The next item's queries, which no other program has had brought into the cache, are asked for after the first two
+    key tiles: earlier they would wait for the last item, later the consumers would wait for them.
+    """
     n = 0
     work = 0
-    for turn in range(shapes.turns()):
-        tile, b, h = shapes.place(turn)
-        q_start, q_len, k_start, k_len = shapes.sequences(b, False)
-        first_row = tile * shapes.BLOCK_M
-        if (first_row < q_len) & (not shapes.skips(turn, tile)):
-            first, _, _, stop = shapes.walk(first_row, b, q_len, k_len, shapes.BLOCK_M)
-            kv_h = h // shapes.group
-            full = pipes.queries.claim(work, pipes.GROUPS * q_desc.block_type.nbytes)
-            for w in gl.static_range(pipes.GROUPS):
-                row = first_row + 64 * w
-                load_rows(q_desc, full, pipes.query(work, w), b, h, q_start, q_len, row, shapes.VARLEN)
-            # Keys come a tile ahead of values: theirs is the slot that is empty first.
-            for j in range(stop - first + 1):
-                key = (stop - 1 - j) * shapes.BLOCK_N
-                if j < stop - first:
-                    full = pipes.keys.claim(n, KEY_BYTES + BIAS_BYTES)
-                    load_rows(k_desc, full, pipes.keys.slot(n), b, kv_h, k_start, k_len, key, shapes.VARLEN)
-                    if pipes.BIAS_TILES:
-                        bias_b, bias_h = axis(b, change.stride_bb), axis(h, change.stride_bh)
-                        for w in gl.static_range(pipes.GROUPS):
-                            load_tile(bias_desc, full, pipes.bias(n, w), bias_b, bias_h, first_row + 64 * w, key)
-                    n += 1
-                if j > 0:
-                    before = n - 1 - (j < stop - first).to(gl.int32)
-                    full = pipes.values.claim(before, v_desc.block_type.nbytes)
-                    key += shapes.BLOCK_N
-                    load_rows(v_desc, full, pipes.values.slot(before), b, kv_h, k_start, k_len, key, shapes.VARLEN)
-            work += 1
+    turn, tile, b, h, before = shapes.start()
+    _load_queries(q_desc, tile, b, h, work, pipes, shapes)
+    while tile >= 0:
+        row = tile * shapes.BLOCK_M
+        _, q_len, _, k_len = shapes.sequences(b, False)
+        first, _, _, stop = shapes.walk(row, b, q_len, k_len, shapes.BLOCK_M)
+        early = gl.maximum(stop - 2, first) if pipes.queries.STAGES == 2 else first
+        n = _load_keys(k_desc, v_desc, bias_desc, row, b, h, stop, stop, early, n, pipes, shapes, change)
+        if pipes.queries.STAGES == 1:
+            _load_values(v_desc, b, h, first, n - 1, pipes, shapes)
+        work += 1
+        turn, tile, b_next, h_next, before = shapes.next(turn, b, before, counter)
+        _load_queries(q_desc, tile, b_next, h_next, work, pipes, shapes)
+        if pipes.queries.STAGES == 2:
+            n = _load_keys(k_desc, v_desc, bias_desc, row, b, h, stop, early, first, n, pipes, shapes, change)
+            _load_values(v_desc, b, h, first, n - 1, pipes, shapes)
+        b = b_next
+        h = h_next
 
 
 @gluon.jit
-def _weights(s, l, m, rows, change, key, bias, DV: gl.constexpr, MASKED: gl.constexpr):
+def _load_queries(q_desc, tile, b, h, work, pipes, shapes):
+    """The query tile of item `work`, and where it lies; only the latter where tile says that there is none."""
+    pipes.queries.await_empty(work)
+    pipes.places.write(work, tile, gl.where(tile >= 0, b, 0), h)
+    if tile >= 0:
+        q_start, q_len, _, _ = shapes.sequences(b, False)
+        full = pipes.queries.expect(work, pipes.GROUPS * q_desc.block_type.nbytes)
+        for w in gl.static_range(pipes.GROUPS):
+            row = tile * shapes.BLOCK_M + 64 * w
+            load_rows(q_desc, full, pipes.query(work, w), b, h, q_start, q_len, row, shapes.VARLEN)
+    else:
+        pipes.queries.expect(work, 0)
+
+
+@gluon.jit
+def _load_keys(
+    k_desc, v_desc, bias_desc, first_row, b, h, stop, above, below, n, pipes, shapes, change
+):  # fmt: skip
+    """Key tiles above - 1 down to below of an item whose first is stop - 1, tile n and on, each with its bias, and the
+    value tiles that are due: keys come a tile ahead, for theirs is the slot that is empty first.
+    """
+    BIAS_BYTES: gl.constexpr = pipes.GROUPS * bias_desc.block_type.nbytes if pipes.BIAS_TILES else 0
+    kv_h = h // shapes.group
+    _, _, k_start, k_len = shapes.sequences(b, False)
+    for j in range(above - below):
+        tile = above - 1 - j
+        key = tile * shapes.BLOCK_N
+        full = pipes.keys.claim(n, k_desc.block_type.nbytes + BIAS_BYTES)
+        load_rows(k_desc, full, pipes.keys.slot(n), b, kv_h, k_start, k_len, key, shapes.VARLEN)
+        if pipes.BIAS_TILES:
+            bias_b, bias_h = axis(b, change.stride_bb), axis(h, change.stride_bh)
+            for w in gl.static_range(pipes.GROUPS):
+                load_tile(bias_desc, full, pipes.bias(n, w), bias_b, bias_h, first_row + 64 * w, key)
+        if tile < stop - 1:
+            _load_values(v_desc, b, h, tile + 1, n - 1, pipes, shapes)
+        n += 1
+    return n
+
+
+@gluon.jit
+def _load_values(v_desc, b, h, tile, n, pipes, shapes):
+    """A value tile."""
+    _, _, k_start, k_len = shapes.sequences(b, False)
+    full = pipes.values.claim(n, v_desc.block_type.nbytes)
+    slot = pipes.values.slot(n)
+    load_rows(v_desc, full, slot, b, h // shapes.group, k_start, k_len, tile * shapes.BLOCK_N, shapes.VARLEN)
+
+
+@gluon.jit
+def _weights(s, l, m, rows, change, key, bias, masked, DV: gl.constexpr, MASKED: gl.constexpr):
     """(P, l, m, what O shrinks by) after a tile of raw products."""
-    p, m, alpha = weigh(s, m, rows, change, key, bias, MASKED)
+    p, m, alpha = weigh(s, m, rows, change, key, bias, masked, MASKED)
     l = l * gl.convert_layout(alpha, gl.SliceLayout(1, l.type.layout))[:, None] + partial_sums(p)
     if change.DROPOUT:
         p = drop(p, rows, change, key)
@@ -146,13 +194,19 @@ def _weights(s, l, m, rows, change, key, bias, DV: gl.constexpr, MASKED: gl.cons
 
 
 @gluon.jit
-def _walk(o, l, m, p16, q, n, above, below, pipes, rows, change, MASKED: gl.constexpr):
-    """Key tiles above - 1 down to below: the products of tile n - 1 with V run under the exponentials of tile n.
+def _walk(o, l, m, p16, q, n, span, pipes, rows, change, MASKED: gl.constexpr):
+    """The key tiles after an item's first: the products of tile n - 1 with V run under the exponentials of tile n.
 
     p16: the weights of tile n - 1, not yet multiplied, as the walk leaves those of its last tile.
+    MASKED: some of the tiles are; one loop goes over all, since 16-bit values that cross from loop to loop are
+    unpacked and packed again.
     """
-    for j in range(gl.maximum(above - below, 0)):
-        key = (above - 1 - j) * pipes.BLOCK_N
+    first, full, partial, stop = span
+    for tile in range(stop - 2, first - 1, -1):
+        key = tile * pipes.BLOCK_N
+        masked = tile >= partial
+        if change.LEFT:
+            masked = masked | (tile < full)
         bias = load_bias(rows, change, key, pipes.BLOCK_N)
         pipes.keys.await_full(n)
         s = pipes.issue_scores(q, n)
@@ -160,14 +214,14 @@ def _walk(o, l, m, p16, q, n, above, below, pipes, rows, change, MASKED: gl.cons
         bias = pipes.load_bias(n, bias, rows.WG)
         s = warpgroup_mma_wait(1, deps=(s,))
         pipes.keys.release(n)
-        p, l, m, shrink = _weights(s, l, m, rows, change, key, bias, pipes.DV, MASKED)
+        p, l, m, shrink = _weights(s, l, m, rows, change, key, bias, masked, pipes.DV, MASKED)
         # ptxas moves the wait for a product up to the last branch before it: without one, above the exponentials that
         # should run under the product. The wait for V_n, which the next step needs, is such a branch.
-        if pipes.OVERLAP and not MASKED:
+        if pipes.OVERLAP:
             pipes.values.await_full(n)
         o = warpgroup_mma_wait(0, deps=(running,))
         pipes.values.release(n - 1)
-        if MASKED or not pipes.OVERLAP:
+        if not pipes.OVERLAP:
             pipes.values.await_full(n)
         p16 = pipes.operand(p, q.dtype)
         o = o * shrink
@@ -176,38 +230,24 @@ def _walk(o, l, m, p16, q, n, above, below, pipes, rows, change, MASKED: gl.cons
 
 
 @gluon.jit
-def _attend(q, n, work, span, pipes, rows, change, m, KIND: gl.constexpr):
-    """(O + P V of the first key tile, running; l, m, n) of one query tile, O and l not yet divided."""
-    first, full, partial, stop = span
-    key = (stop - 1) * pipes.BLOCK_N
+def _attend(q, n, span, pipes, rows, change, m, KIND: gl.constexpr):
+    """(O, l, m and the weights of the last key tile, not yet multiplied; n) of one query tile; O is not yet divided."""
+    key = (span[3] - 1) * pipes.BLOCK_N
     bias = load_bias(rows, change, key, pipes.BLOCK_N)
     pipes.keys.await_full(n)
     s = pipes.issue_scores(q, n)
     bias = pipes.load_bias(n, bias, rows.WG)
     s = warpgroup_mma_wait(0, deps=(s,))
     pipes.keys.release(n)
-    p, m, _ = weigh(s, m, rows, change, key, bias, change.RAGGED)
+    p, m, _ = weigh(s, m, rows, change, key, bias, True, change.RAGGED)
     l = partial_sums(p)
     if change.DROPOUT:
         p = drop(p, rows, change, key)
     p16 = pipes.operand(p, q.dtype)
     pipes.values.await_full(n)
     o = gl.zeros([64, pipes.DV], gl.float32, accumulator(pipes.DV))
-    n += 1
-    above = stop - 1
-    if KIND != "none" and not change.SINGLE:
-        below = gl.maximum(gl.minimum(partial, above), first)
-        o, l, m, p16, n = _walk(o, l, m, p16, q, n, above, below, pipes, rows, change, True)
-        above = below
-    below = first
-    if change.LEFT:
-        below = gl.maximum(gl.minimum(full, above), first)
-    o, l, m, p16, n = _walk(o, l, m, p16, q, n, above, below, pipes, rows, change, False)
-    if change.LEFT:
-        o, l, m, p16, n = _walk(o, l, m, p16, q, n, below, first, pipes, rows, change, True)
-    if not pipes.SHARED:
-        pipes.queries.release(work)
-    return pipes.issue_output(p16, n - 1, o), l, m, n
+    MASKED: gl.constexpr = KIND != "none" and (change.LEFT or not change.SINGLE)
+    return _walk(o, l, m, p16, q, n + 1, span, pipes, rows, change, MASKED)
 
 
 @gluon.jit
@@ -217,69 +257,71 @@ def _consumer(o_desc, out, lse, stride_om, stride_oh, pipes, shapes, change, WG:
     low, high, offset = random_state(change.rng, change.DROPOUT)
     n = 0
     work = 0
-    for turn in range(shapes.turns()):
-        tile, b, h = shapes.place(turn)
-        check = (tile == 0) & (h == 0) & (WG == 0)
-        q_start, q_len, _, k_len = shapes.sequences(b, check)
+    tile, b, h = pipes.place(work)
+    while tile >= 0:
+        q_start, q_len, _, k_len = shapes.sequences(b, False)
         first_row = tile * shapes.BLOCK_M
-        if shapes.VARLEN and WG == 0:
-            if b == shapes.batch:
-                _blank(out, lse, tile, h, stride_om, stride_oh, shapes, pipes.DV, DIM_V)
-        here = (first_row < q_len) & (not shapes.skips(turn, tile))
-        if here:
-            mine = first_row + 64 * WG
-            span = shapes.walk(first_row, b, q_len, k_len, shapes.BLOCK_M)
-            before = 0
-            if shapes.KIND != "none" and pipes.STRIPS:
-                whole = span
-                span = shapes.own_walk(whole, mine, b, q_len, k_len)
-                n = pipes.skip(n, whole[3] - span[3])
-                if change.LEFT:
-                    before = span[0] - whole[0]
-            row = mine + gl.arange(0, 64, layout=S_ROWS)
-            begin, end = shapes.seen(gl.minimum(row, q_len - 1), b, q_len, k_len)
-            slope, sink = change.of_head(b, h)
-            bias = change.bias_of(b, h, mine)
-            rows = Rows(mine, row, begin, end, q_len, k_len, b * shapes.heads + h, bias, slope, low, high, offset, WG)
-            m = gl.full([64], 0.0, gl.float32, S_ROWS) + sink
-            pipes.queries.await_full(work)
-            q = pipes.query(work, WG)
-            running, l, m, n = _attend(q, n, work, span, pipes, rows, change, m, shapes.KIND)
-            total = gl.convert_layout(gl.sum(l, 1), S_ROWS)
-            if change.SINKS:
-                total += gl.exp2(sink - m)
-            some = gl.where(total == 0.0, 1.0, total)
-            share = gl.convert_layout(change.keep_scale / some, gl.SliceLayout(1, accumulator(pipes.DV)))
-            log_sum = gl.where(total == 0.0, MINUS_INFINITY, (m + gl.log2(total)) * LN2)
-            at = shapes.lse_row(b, h, q_start)
-            gl.store(lse + at + row, log_sum, mask=row < q_len)
-            own = pipes.query(work, WG) if pipes.SHARED else pipes.outputs.index(WG)
+        mine = first_row + 64 * WG
+        span = shapes.walk(first_row, b, q_len, k_len, shapes.BLOCK_M)
+        before = 0
+        if shapes.KIND != "none" and pipes.STRIPS:
+            whole = span
+            span = shapes.own_walk(whole, mine, b, q_len, k_len)
+            n = pipes.skip(n, whole[3] - span[3])
+            if change.LEFT:
+                before = span[0] - whole[0]
+        row = mine + gl.arange(0, 64, layout=S_ROWS)
+        begin, end = shapes.seen(gl.minimum(row, q_len - 1), b, q_len, k_len)
+        slope, sink = change.of_head(b, h)
+        bias = change.bias_of(b, h, mine)
+        rows = Rows(mine, row, begin, end, q_len, k_len, b * shapes.heads + h, bias, slope, low, high, offset, WG)
+        m = gl.full([64], 0.0, gl.float32, S_ROWS) + sink
+        o, l, m, p16, n = _attend(pipes.query(work, WG), n, span, pipes, rows, change, m, shapes.KIND)
+        if not pipes.SHARED:
+            pipes.queries.release(work)
+        running = pipes.issue_output(p16, n - 1, o)
+        total = gl.convert_layout(gl.sum(l, 1), S_ROWS)
+        if change.SINKS:
+            total += gl.exp2(sink - m)
+        some = gl.where(total == 0.0, 1.0, total)
+        share = gl.convert_layout(change.keep_scale / some, gl.SliceLayout(1, accumulator(pipes.DV)))
+        log_sum = gl.where(total == 0.0, MINUS_INFINITY, (m + gl.log2(total)) * LN2)
+        at = shapes.lse_row(b, h, q_start)
+        gl.store(lse + at + row, log_sum, mask=row < q_len)
+        own = pipes.query(work, WG) if pipes.SHARED else pipes.outputs.index(WG)
+        tma.store_wait(0)
+        o = warpgroup_mma_wait(0, deps=(running,))
+        pipes.values.release(n - 1)
+        if change.LEFT and pipes.STRIPS:
+            n = pipes.skip(n, before)
+        own.store((o * share[:, None]).to(p16.dtype))
+        fence_async_shared()
+        barrier()
+        store_rows(o_desc, own, b, h, q_start, q_len, mine, shapes.VARLEN)
+        if pipes.SHARED:
             tma.store_wait(0)
-            o = warpgroup_mma_wait(0, deps=(running,))
-            pipes.values.release(n - 1)
-            if change.LEFT and pipes.STRIPS:
-                n = pipes.skip(n, before)
-            own.store((o * share[:, None]).to(q.dtype))
-            fence_async_shared()
-            barrier()
-            store_rows(o_desc, own, b, h, q_start, q_len, mine, shapes.VARLEN)
-            if pipes.SHARED:
-                tma.store_wait(0)
-                pipes.queries.release(work)
-            work += 1
+            pipes.queries.release(work)
+        work += 1
+        tile, b, h = pipes.place(work)
     tma.store_wait(0)
+    if shapes.VARLEN and WG == 0:
+        for b in range(-1 - tile, shapes.batch, gl.num_programs(0)):
+            shapes.sequences(b, True)
+        for i in range(-1 - tile, shapes.tiles * shapes.heads, gl.num_programs(0)):
+            row = i // shapes.heads * 64
+            _blank(out, lse, row, i % shapes.heads, stride_om, stride_oh, shapes, pipes.DV, DIM_V)
 
 
 @gluon.jit
-def _blank(out, lse, tile, h, stride_om, stride_oh, shapes, DV: gl.constexpr, DIM_V: gl.constexpr):
-    """Zeros, and lse of -inf, for packed rows that belong to no sequence; the tiles of one extra item share them."""
+def _blank(out, lse, offset, h, stride_om, stride_oh, shapes, DV: gl.constexpr, DIM_V: gl.constexpr):
+    """Zeros, and lse of -inf, for a share of the packed rows that belong to no sequence."""
     BOTH: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     rows = gl.arange(0, 64, layout=gl.SliceLayout(1, BOTH))
     column = gl.arange(0, DV, layout=gl.SliceLayout(0, BOTH))
     zeros = gl.zeros([64, DV], out.dtype.element_ty, BOTH)
     hidden = gl.full([64], MINUS_INFINITY, gl.float32, gl.SliceLayout(1, BOTH))
     start = past_end(shapes.cu_q, shapes.batch, shapes.total_q)
-    for first in range(start + tile * 64, shapes.total_q, shapes.tiles * 64):
+    for first in range(start + offset, shapes.total_q, shapes.tiles * 64):
         row = first + rows
         inside = row < shapes.total_q
         at = h.to(gl.int64) * stride_oh + row.to(gl.int64)[:, None] * stride_om + column[None, :]
@@ -289,9 +331,9 @@ def _blank(out, lse, tile, h, stride_om, stride_oh, shapes, DV: gl.constexpr, DI
 
 @gluon.jit(do_not_specialize=[*RUNTIME, "stride_bb", "stride_bh", "stride_bm"])
 def forward_kernel(
-    q_desc, k_desc, v_desc, o_desc, bias_desc, out, lse, bias, slopes, sinks, cu_q, cu_k, lo, hi, rng, mailbox,
-    stride_om, stride_oh, stride_bb, stride_bh, stride_bm, stride_sb, stride_tb, batch, heads, group, max_q, max_k,
-    total_q, total_k, tiles, programs, section, left, right, scale, softcap, threshold, keep_scale,
+    q_desc, k_desc, v_desc, o_desc, bias_desc, out, lse, counter, bias, slopes, sinks, cu_q, cu_k, lo, hi, rng,
+    mailbox, stride_om, stride_oh, stride_bb, stride_bh, stride_bm, stride_sb, stride_tb, batch, heads, group, max_q,
+    max_k, total_q, total_k, tiles, programs, section, left, right, scale, softcap, threshold, keep_scale,
     GROUPS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, SHARED: gl.constexpr, DIM_V: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, VARLEN: gl.constexpr, KIND: gl.constexpr,
     LEFT: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, BIAS: gl.constexpr, BIAS_ALIGN: gl.constexpr,
@@ -320,7 +362,10 @@ def forward_kernel(
     biases = q_tiles
     if BIAS_TILES:
         biases = gl.allocate_shared_memory(dtype, [STAGES * GROUPS, 64, BLOCK_N], swizzled(2, BLOCK_N))
-    pipes = Pipes(queries, keys, values, biases, outputs, GROUPS, BLOCK_N, DV, SHARED, OVERLAP, STRIPS, BIAS_TILES)
+    pipes = Pipes(
+        queries, places(QUERY_STAGES), keys, values, biases, outputs, GROUPS, BLOCK_N, DV, SHARED, OVERLAP, STRIPS,
+        BIAS_TILES,
+    )  # fmt: skip
     fence_async_shared()
     barrier()
     if GROUPS == 3:
@@ -329,7 +374,7 @@ def forward_kernel(
                 (_consumer, (o_desc, out, lse, stride_om, stride_oh, pipes, shapes, change, 0, DIM_V)),
                 (_consumer, (o_desc, out, lse, stride_om, stride_oh, pipes, shapes, change, 1, DIM_V)),
                 (_consumer, (o_desc, out, lse, stride_om, stride_oh, pipes, shapes, change, 2, DIM_V)),
-                (_producer, (q_desc, k_desc, v_desc, bias_desc, pipes, shapes, change)),
+                (_producer, (q_desc, k_desc, v_desc, bias_desc, counter, pipes, shapes, change)),
             ],
             [4, 4, 4],
             [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS],
@@ -339,7 +384,7 @@ def forward_kernel(
             [
                 (_consumer, (o_desc, out, lse, stride_om, stride_oh, pipes, shapes, change, 0, DIM_V)),
                 (_consumer, (o_desc, out, lse, stride_om, stride_oh, pipes, shapes, change, 1, DIM_V)),
-                (_producer, (q_desc, k_desc, v_desc, bias_desc, pipes, shapes, change)),
+                (_producer, (q_desc, k_desc, v_desc, bias_desc, counter, pipes, shapes, change)),
             ],
             [4, 4],
             [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
@@ -348,7 +393,7 @@ def forward_kernel(
         gl.warp_specialize(
             [
                 (_consumer, (o_desc, out, lse, stride_om, stride_oh, pipes, shapes, change, 0, DIM_V)),
-                (_producer, (q_desc, k_desc, v_desc, bias_desc, pipes, shapes, change)),
+                (_producer, (q_desc, k_desc, v_desc, bias_desc, counter, pipes, shapes, change)),
             ],
             [4],
             [PRODUCER_REGISTERS],

@@ -29,18 +29,23 @@ class Ring:
     def claim(self, n, NBYTES: gl.constexpr):
         """The producer's: waits until slot n is empty and announces its bytes; returns the barrier they arrive at."""
         self.await_empty(n)
+        return self.expect(n, NBYTES)
+
+    @gluon.jit
+    def await_empty(self, n):
+        """A producer's: waits until slot n is empty."""
+        mbarrier.wait(self.empty.index(n % self.STAGES), ((n // self.STAGES) & 1) ^ 1)
+
+    @gluon.jit
+    def expect(self, n, NBYTES: gl.constexpr):
+        """The producer's: announces the bytes that come to the empty slot n; returns the barrier they arrive at."""
         full = self.full.index(n % self.STAGES)
         mbarrier.expect(full, NBYTES)
         return full
 
     @gluon.jit
-    def await_empty(self, n):
-        """A producer's that writes by itself: waits until slot n is empty."""
-        mbarrier.wait(self.empty.index(n % self.STAGES), ((n // self.STAGES) & 1) ^ 1)
-
-    @gluon.jit
     def announce(self, n):
-        """Such a producer's: it has written slot n."""
+        """A producer's that writes by itself: it has written slot n."""
         mbarrier.arrive(self.full.index(n % self.STAGES), count=1)
 
     @gluon.jit

@@ -25,8 +25,28 @@ def load_bias(rows, change, key, BLOCK_N: gl.constexpr):
 
 
 @gluon.jit
-def weigh(s, m, rows, change, key, bias, MASKED: gl.constexpr):
-    """(P, its rows' new maxima, what earlier sums shrink by) of raw products, all in base 2."""
+def _hide(s, rows, key, LEFT: gl.constexpr):
+    """Scores with those of keys that their rows do not see at -inf."""
+    BLOCK_N: gl.constexpr = s.shape[1]
+    lane = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, accumulator(BLOCK_N)))
+    # The bits of a column that differ between threads go to the other side: constants remain to compare with.
+    fixed = (lane & ~6)[None, :]
+    start = key + (lane & 6)[None, :]
+    if LEFT:
+        # One comparison for both ends: what lies before the first key is a large number without a sign.
+        width = gl.maximum(rows.end - rows.begin, 0).to(gl.uint32)
+        seen = (fixed + (start - rows.begin[:, None])).to(gl.uint32) < width[:, None]
+    else:
+        seen = fixed < rows.end[:, None] - start
+    return gl.where(seen, s, MINUS_INFINITY)
+
+
+@gluon.jit
+def weigh(s, m, rows, change, key, bias, masked, MASKED: gl.constexpr):
+    """(P, its rows' new maxima, what earlier sums shrink by) of raw products, all in base 2.
+
+    masked: whether some keys of this tile are hidden; MASKED: whether they are of any.
+    """
     BLOCK_N: gl.constexpr = s.shape[1]
     col = key + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, accumulator(BLOCK_N)))
     # A positive factor of all scores is left to the exponent: the maximum of what it multiplies, scaled once per row.
@@ -45,10 +65,8 @@ def weigh(s, m, rows, change, key, bias, MASKED: gl.constexpr):
             bias, change.SOFTCAP, change.ALIBI, change.BIAS,
         )  # fmt: skip
     if MASKED:
-        seen = col[None, :] < rows.end[:, None]
-        if change.LEFT:
-            seen = seen & (col[None, :] >= rows.begin[:, None])
-        s = gl.where(seen, s, MINUS_INFINITY)
+        if masked:
+            s = _hide(s, rows, key, change.LEFT)
     m_new = gl.maximum(m, gl.max(s, 1) * unit)
     base = m_new
     if MASKED or change.BIAS != "none":

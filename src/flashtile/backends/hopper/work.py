@@ -3,7 +3,7 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from flashtile.backends.hopper.dialect import aggregate
+from flashtile.backends.hopper.dialect import aggregate, barrier
 from flashtile.gpu.intervals import interval, split
 from flashtile.gpu.scores import LOG2E
 from flashtile.gpu.sequences import place, sequence
@@ -64,13 +64,6 @@ class Shapes:
             return tile, bh // self.heads, bh % self.heads
 
     @gluon.jit
-    def skips(self, turn, tile):
-        """True for the middle tile's mirror image, itself."""
-        if self.PAIRED:
-            return (turn % 2 == 1) & (2 * tile + 1 == self.tiles)
-        return False
-
-    @gluon.jit
     def turns(self):
         """How many items this program has."""
         per_head = (self.tiles + 1) // 2 if self.PAIRED else self.tiles
@@ -78,15 +71,72 @@ class Shapes:
         return units * 2 if self.PAIRED else units
 
     @gluon.jit
-    def sequences(self, b, check):
-        """(q_start, q_len, k_start, k_len) of sequence b. Packed rows past the last sequence are one more, `batch`,
-        of which q_len says that it is empty.
+    def start(self):
+        """(turn, tile, sequence, head, items of the sequences before it) of this program's first item; no item where
+        the tile is below 0.
+
+        Packed sequences differ too much in length for their items to be shared out beforehand: turn is the item's
+        number among those of all programs, and who is free takes the next one.
         """
-        real = gl.minimum(b, self.batch - 1)
-        q_start, q_len = sequence(self.cu_q, real, self.max_q, self.total_q, 0, self.mailbox, self.VARLEN, check)
-        k_start, k_len = sequence(self.cu_k, real, self.max_k, self.total_k, 2, self.mailbox, self.VARLEN, check)
+        zero = gl.to_tensor(0)
         if self.VARLEN:
-            q_len = gl.where(b < self.batch, q_len, 0)
+            return self.find(gl.program_id(0), zero, zero)
+        else:
+            return self.seek(zero)
+
+    @gluon.jit
+    def next(self, turn, b, before, counter):
+        """As `start`, of the item after."""
+        if self.VARLEN:
+            return self.find(gl.num_programs(0) + gl.atomic_add(counter, 1, sem="relaxed"), b, before)
+        else:
+            return self.seek(turn + 1)
+
+    @gluon.jit
+    def seek(self, turn):
+        """The first item from a turn on; a tile of -1 past the last."""
+        tile, b, h = self.place(turn)
+        if self.PAIRED:
+            # The middle tile's mirror image is itself.
+            twice = (turn % 2 == 1) & (2 * tile + 1 == self.tiles)
+            turn += twice.to(gl.int32)
+            tile, b, h = self.place(turn)
+        tile = gl.where((turn < self.turns()) & (tile * self.BLOCK_M < self.max_q), tile, -1)
+        return turn, tile, b, h, gl.to_tensor(0)
+
+    @gluon.jit
+    def find(self, item, b, before):
+        """From sequence b on, which has `before` items before it. After the last, tiles are -1, -2 and so on, each for
+        one program.
+        """
+        more = b < self.batch
+        count = gl.to_tensor(0)
+        while more:
+            count = self.tiles_of(b)
+            after = before + count * self.heads
+            more = item >= after
+            if more:
+                before = after
+                b += 1
+                more = b < self.batch
+        tile = before - item - 1
+        h = gl.to_tensor(0)
+        if b < self.batch:
+            tile, h = place(item - before, count, self.heads, gl.minimum(self.section, self.heads))
+            tile = count - 1 - tile
+        return gl.to_tensor(0), tile, b, h, before
+
+    @gluon.jit
+    def tiles_of(self, b):
+        """Query tiles of packed sequence b."""
+        _, length = sequence(self.cu_q, b, self.max_q, self.total_q, 0, self.mailbox, True, False)
+        return gl.cdiv(length, self.BLOCK_M)
+
+    @gluon.jit
+    def sequences(self, b, check):
+        """(q_start, q_len, k_start, k_len) of sequence b."""
+        q_start, q_len = sequence(self.cu_q, b, self.max_q, self.total_q, 0, self.mailbox, self.VARLEN, check)
+        k_start, k_len = sequence(self.cu_k, b, self.max_k, self.total_k, 2, self.mailbox, self.VARLEN, check)
         return q_start, q_len, k_start, k_len
 
     @gluon.jit
@@ -125,6 +175,40 @@ class Shapes:
         own_first = gl.minimum(gl.maximum(own_first, first), stop - 1)
         own_stop = gl.minimum(gl.maximum(own_stop, own_first + 1), stop)
         return own_first, full, partial, own_stop
+
+
+@aggregate
+class Places:
+    """Where the query tiles of a ring lie, in shared memory beside them: tile (below 0: no more), sequence and head."""
+
+    memory: gl.shared_memory_descriptor
+    STAGES: gl.constexpr
+
+    @gluon.jit
+    def write(self, work, tile, b, h):
+        """The producer's, before it announces the slot's bytes."""
+        ONE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+        at = work % self.STAGES * 3
+        self.memory.index(at).store(gl.full([1], 0, gl.int32, ONE) + tile)
+        self.memory.index(at + 1).store(gl.full([1], 0, gl.int32, ONE) + b)
+        self.memory.index(at + 2).store(gl.full([1], 0, gl.int32, ONE) + h)
+        barrier()
+
+    @gluon.jit
+    def read(self, work):
+        """A consumer's, once the slot is full: (tile, sequence, head)."""
+        ONE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+        at = work % self.STAGES * 3
+        tile = gl.max(self.memory.index(at).load(ONE), 0)
+        b = gl.max(self.memory.index(at + 1).load(ONE), 0)
+        return tile, b, gl.max(self.memory.index(at + 2).load(ONE), 0)
+
+
+@gluon.jit
+def places(STAGES: gl.constexpr):
+    """Memory for STAGES of them."""
+    memory = gl.allocate_shared_memory(gl.int32, [3 * STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    return Places(memory, STAGES)
 
 
 @aggregate

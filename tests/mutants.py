@@ -118,6 +118,7 @@ UNSAFE = (
         "backward",
         (
             before("backward_wide", _HAND_OVER, "sleep(20000)"),
+            Edit("backward_wide", "    weights.await_empty(n)\n", "    pass\n"),
             Edit(
                 "backward_wide",
                 _TAKE_OVER,

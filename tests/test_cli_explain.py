@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from flashtile import masks
 from flashtile.cli.commands import app
 from flashtile.cli.tiles import Tiling
+from flashtile.problem import Problem
 from flashtile.reference import traffic
 
 MASKS: dict[str, masks.Mask] = {
@@ -100,6 +101,23 @@ def test_programs_of_the_hopper_kernels() -> None:
     assert backward["programs"] == 2 * 4 * -(-4096 // backward["block_n"])
     few, _ = explain("q=1,100,1,128", *CALL[2:], "--backend", "hopper")["kernels"]
     assert few["programs"] == -(-100 // few["block_m"])
+
+
+@pytest.mark.parametrize(("dim", "keys", "rows"), [(64, 64, 128), (128, 128, 128), (256, 32, 64)])
+def test_tiles_beside_a_bias(dim: int, keys: int, rows: int) -> None:
+    """What is shown is what runs: a bias that TMA loads has tiles of its own, in both directions."""
+    from flashtile.backends.hopper import compile as compiler
+
+    arguments = (f"q=1,4096,2,{dim}", "--device", "cuda", "--backend", "hopper", "--bias", "1,2,4096,4096")
+    forward, backward = explain(*arguments)["kernels"]
+    assert (forward["block_n"], backward["block_n"]) == (keys, rows)
+    problem = Problem(
+        batch=1, q_len=4096, k_len=4096, q_heads=2, kv_heads=2, qk_dim=dim, v_dim=dim, dtype=torch.bfloat16,
+        device="cuda", capability=(9, 0), scale=dim**-0.5, bias="additive", bias_shape=(1, 2, 4096, 4096),
+    )  # fmt: skip
+    found = {name: compiler._launch(name, problem).plan.values for name in ("forward", "backward")}
+    assert found["forward"]["BLOCK_N"] == keys
+    assert found["backward"]["GROUPS"] * 64 == rows
 
 
 def test_traffic_falls_from_standard_to_tiled_and_not_below_each_tensor_once() -> None:

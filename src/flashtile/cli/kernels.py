@@ -69,9 +69,11 @@ def _triton(problem: Problem) -> list[Kernel]:
 def _hopper(problem: Problem) -> list[Kernel]:
     from flashtile.backends.hopper import backward_configs, configs
 
-    forward = configs.forward(problem)
+    tiles_of_bias = configs.tiles_of_bias(problem)
+    forward = configs.forward(problem, tiles_of_bias)
     assert forward is not None, problem
-    backward = backward_configs.pick(problem)
+    beside = tiles_of_bias and not problem.varlen and max(problem.qk_dim, problem.v_dim) <= 128
+    backward = backward_configs.pick(problem, beside)
     return [
         Kernel(
             "forward",

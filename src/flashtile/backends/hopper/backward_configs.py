@@ -55,10 +55,10 @@ class Row(NamedTuple):
 # TFLOP/s of the whole backward on an H100, bf16, 4096 rows, full / causal.
 BACKWARD = (
     Row(64, Config(64, 3, 4, 2, (144, 80, 0))),  # 511 / 434; two consumers and steps of 128 rows 483 / 407
-    Row(64, Config(64, 2, 4, 2, (208, 72, 24)), bias_tiles=True),
+    Row(64, Config(64, 2, 4, 2, (208, 72, 24)), bias_tiles=True),  # causal, 8192: 415; a third consumer lacks registers
     Row(128, Config(64, 2, 3, 2, (208, 72, 24))),  # 565 / 497; two stages 2 % less
-    Row(128, Config(64, 2, 2, 2, (208, 72, 24)), bias_tiles=True),
-    Row(256, Config(64, 1, 2, 2, (208, 72, 24))),
+    Row(128, Config(64, 2, 2, 2, (208, 72, 24)), bias_tiles=True),  # causal, 8192: 553; a third stage does not fit
+    Row(256, Config(64, 1, 2, 2, (208, 72, 24))),  # 422 / 380; dQ through one slot 401 / 368
 )
 
 

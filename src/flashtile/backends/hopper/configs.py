@@ -121,6 +121,14 @@ def forward(problem: Problem, bias_tiles: bool = False) -> Config | None:
     return None
 
 
+def tiles_of_bias(problem: Problem) -> bool:
+    """True where a bias of the call's own dtype, contiguous, comes by TMA: a value for each row and key."""
+    if problem.bias != "additive" or problem.bias_shape is None:
+        return False
+    whole = problem.bias_shape[2:] == (problem.q_len, problem.k_len)
+    return whole and problem.k_len % 8 == 0 and weight(problem) <= MOST_WITH_BIAS_TILES
+
+
 def width(dim: int) -> int:
     """Columns of a tile for a head dim: a power of two, of which TMA fills what is beyond the head dim with 0."""
     return max(32, 1 << (dim - 1).bit_length())

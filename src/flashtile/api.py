@@ -61,7 +61,7 @@ def attention(
         return_lse: also return the logarithm of each row's softmax denominator.
         deterministic: ask for a bitwise repeatable backward; default: torch.are_deterministic_algorithms_enabled().
         out: written in place and returned; not with gradients.
-        backend: "triton", "blocked" or "reference"; default: the first that serves the call. Obeyed or refused.
+        backend: "hopper", "triton", "blocked" or "reference", obeyed or refused; default: the first that can serve.
 
     Returns:
         out, (batch, q_len, heads, v_dim) in q's dtype, its dimensions in memory in q's order; with return_lse also lse,

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashtile.cli.console import Result, UsageError
+from flashtile.dispatch import BACKENDS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -242,9 +243,8 @@ def _look(peer: str) -> tuple[str, str]:
     if peer in LOOKS:
         return LOOKS[peer]
     if peer.startswith("flashtile:"):
-        backends = ("triton", "blocked", "reference")
-        name = peer.partition(":")[2]
-        return ("#d62728", "#e8743b", "#7b1f1f")[backends.index(name) if name in backends else 0], "o"
+        shades = dict(zip(BACKENDS, ("#d62728", "#e8743b", "#7b1f1f", "#f7a58a"), strict=True))
+        return shades.get(peer.partition(":")[2], "#d62728"), "o"
     return SPARE[sum(map(ord, peer)) % len(SPARE)]
 
 

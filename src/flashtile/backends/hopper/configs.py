@@ -100,7 +100,7 @@ FORWARD = (
     Row(128, 0, Config(2, 128, 2, _TWO, query_stages=2)),  # full 653 at 16384, overlap 624, turns 637
     Row(128, 1, Config(2, 64, 3, _TWO, query_stages=2, overlap=True), _dropout),  # 407; 128 keys 400
     Row(128, 1, Config(2, 128, 2, _TWO, query_stages=2, overlap=True)),  # softcap 499, ALiBi 549
-    Row(128, 2, Config(2, 128, 2, _TWO, shared=True, overlap=True), bias_tiles=True),  # 428, 64 keys 406
+    Row(128, 2, Config(2, 128, 2, _TWO, shared=True, overlap=True), bias_tiles=True),  # bias 454
     Row(128, 3, Config(2, 64, 3, _TWO, shared=True, query_stages=2), _without_left, bias_tiles=True),  # more spill
     Row(128, 2, Config(2, 64, 3, _TWO, query_stages=2)),  # 128 keys spill
     Row(128, 9, Config(2, 32, 4, _TWO, query_stages=2)),  # 64 keys spill

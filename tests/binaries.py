@@ -62,6 +62,10 @@ def hopper_problems(few: bool) -> Iterator[Problem]:
         return
     for dim in (64, 128, 256):
         yield replace(plain, qk_dim=dim, v_dim=dim)
+    for dim in (64, 128):
+        yield replace(plain, qk_dim=dim, v_dim=dim, dtype=torch.float16)
+    for dim, v_dim in ((96, 96), (192, 128)):
+        yield replace(causal, qk_dim=dim, v_dim=v_dim)
     yield replace(causal, dropout_p=0.1, dtype=torch.float16)
     yield replace(causal, **bias)
     yield replace(causal, window_left=1000, softcap=30.0, alibi=True, sinks=True, dropout_p=0.1, **bias)

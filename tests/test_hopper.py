@@ -82,6 +82,23 @@ def test_tiles_of_the_backward(dim: int, v_dim: int, keys: int, widths: tuple[in
     assert 2 * (own + ring + scores + leaving + rows) + 1024 <= SHARED_MEMORY
 
 
+@pytest.mark.parametrize(
+    ("dim", "width", "read"),
+    [(40, 64, 64), (64, 64, 64), (72, 128, 80), (80, 128, 80), (96, 128, 96), (120, 128, 128), (128, 128, 128),
+     (160, 256, 160), (192, 256, 192), (224, 256, 224), (250, 256, 256), (16, 32, 16)],
+)  # fmt: skip
+def test_products_read_no_more_columns_than_the_head_dim_needs(dim: int, width: int, read: int) -> None:
+    from flashtile.backends.hopper import tiles
+
+    pieces = tiles.pieces(configs.columns(dim), width)
+    assert sum(size for _, size in pieces) == read >= min(dim, width)
+    end = 0
+    for start, size in pieces:
+        assert start == end and start % 64 == 0, "a piece begins where a line of shared memory does"
+        assert size & (size - 1) == 0
+        end = start + size
+
+
 @pytest.mark.parametrize("dim", [32, 64, 128])
 def test_a_bias_finds_shared_memory_in_the_backward(dim: int) -> None:
     config = backward_configs.pick(replace(PLAIN, qk_dim=dim, v_dim=dim), True)
@@ -91,6 +108,28 @@ def test_a_bias_finds_shared_memory_in_the_backward(dim: int) -> None:
     scores = 2 * config.block_n * 64
     leaving = 2 * config.slots * 64 * min(dim, 64)  # float32
     assert 2 * (own + ring + scores + leaving) + 1024 <= SHARED_MEMORY
+
+
+@pytest.mark.parametrize(
+    ("changes", "chosen"),
+    [
+        ({"q_len": 64, "k_len": 64, "qk_dim": 64, "v_dim": 64}, "triton"),
+        ({"q_len": 64, "k_len": 65, "qk_dim": 64, "v_dim": 64}, "hopper"),
+        ({"q_len": 32, "k_len": 32, "qk_dim": 128, "v_dim": 128}, "hopper"),
+    ],
+)
+def test_calls_of_one_small_tile_go_to_triton(changes: dict[str, int], chosen: str) -> None:
+    problem = replace(PLAIN, batch=70000, **changes)
+    assert dispatch.choose(problem) == chosen
+    assert dispatch.choose(problem, "hopper") == "hopper"
+    assert dispatch.choose(replace(problem, capability=(8, 0))) == "triton"
+
+
+@pytest.mark.parametrize(("batch", "heads", "groups"), [(2, 10, 2), (1, 16, 3), (64, 16, 3), (1, 2, 2)])
+def test_few_items_of_192_rows_become_items_of_128(batch: int, heads: int, groups: int) -> None:
+    problem = replace(PLAIN, batch=batch, q_heads=heads, kv_heads=heads, qk_dim=64, v_dim=64)
+    config = configs.forward(problem)
+    assert config is not None and config.groups == groups
 
 
 def test_heavier_calls_get_smaller_tiles() -> None:

@@ -117,11 +117,12 @@ class Turns:
     """The order in which tiles of keys add to a block of dQ where it must not vary: the last tile first.
 
     counters: for each block, how many tiles have added to it. Tiles are started in the same order, so that none waits
-    for one that cannot run.
+    for one that cannot run. STEPS: blocks that are passed on together, for which the first one's counter stands.
     """
 
     counters: gl.tensor
     ORDERED: gl.constexpr
+    STEPS: gl.constexpr
 
     @gluon.jit
     def await_turn(self, block, before):
@@ -163,9 +164,11 @@ def _add(dq_desc, block, n, pipes, FROM: gl.constexpr, TO: gl.constexpr, SENT: g
     """
     C: gl.constexpr = min(pipes.D, 64)
     LEAVING: gl.constexpr = pipes.exits.shape[1] * 4
-    COLUMNS: gl.constexpr = pipes.D // C
-    PARTS: gl.constexpr = pipes.BLOCK_M // 64 * COLUMNS
+    ROWS: gl.constexpr = pipes.BLOCK_M // 64
+    COLUMNS: gl.constexpr = (pipes.DIM + C - 1) // C
+    PARTS: gl.constexpr = ROWS * COLUMNS
     for part in gl.static_range(PARTS):
+        place = (block * ROWS + part // COLUMNS) * (pipes.D // C) + part % COLUMNS
         running = gl.zeros([64, C], gl.float32, accumulator(C))
         for w in gl.static_range(FROM, TO):
             ds = pipes.scores_of(n, w).slice(part // COLUMNS * 64, 64, dim=1)
@@ -180,13 +183,13 @@ def _add(dq_desc, block, n, pipes, FROM: gl.constexpr, TO: gl.constexpr, SENT: g
         else:
             barrier()
         if LEAVING == C:
-            _leave(dq_desc, dq, block * PARTS + part, n * PARTS + part, pipes)
+            _leave(dq_desc, dq, place, n * PARTS + part, pipes)
         else:
             left, right = dq.reshape([64, 2, LEAVING]).permute([0, 2, 1]).split()
-            _leave(dq_desc, left, 2 * (block * PARTS + part), 0, pipes)
+            _leave(dq_desc, left, 2 * place, 0, pipes)
             tma.store_wait(pipes.SLOTS - 1)
             barrier()
-            _leave(dq_desc, right, 2 * (block * PARTS + part) + 1, 1, pipes)
+            _leave(dq_desc, right, 2 * place + 1, 1, pipes)
 
 
 @gluon.jit
@@ -194,15 +197,19 @@ def _add_steps(
     dq_desc, n, begin, end, g, furthest, turns, sources, pipes, place, mask, dbias, FROM: gl.constexpr,
     TO: gl.constexpr, LOADS: gl.constexpr,
 ):  # fmt: skip
-    """Steps begin to end of the g-th head. furthest: the last tile of keys that step `begin` - 1 sees, or this one."""
+    """Steps begin to end of the g-th head. furthest: the last tile of keys that the steps before see, or this one."""
     base = place.block(g)
     for i in range(begin, end):
-        if turns.ORDERED:
-            if i > sources.first:
-                turns.pass_on(base + i - 1)
-            furthest = mask.furthest_tile(furthest, i, place)
-            turns.await_turn(base + i, furthest - place.tile)
         pipes.scores.await_full(n)
+        if turns.ORDERED:
+            unit = i // turns.STEPS * turns.STEPS
+            if (i == unit) | (i == sources.first):
+                # Only now, when what was added on the step before has had the time to reach memory.
+                if i > sources.first:
+                    turns.pass_on(base + unit - turns.STEPS)
+                end_of_unit = gl.minimum(unit + turns.STEPS, sources.last) - 1
+                furthest = mask.furthest_tile(furthest, end_of_unit, place)
+                turns.await_turn(base + unit, furthest - place.tile)
         if dbias.KIND == "boxes":
             dbias.send(n, i * pipes.BLOCK_M, g, pipes, place, FROM, TO)
         _add(dq_desc, base + i, n, pipes, FROM, TO, TO - FROM if dbias.STORED else 0)
@@ -248,7 +255,7 @@ def _reduce(dq_desc, turns, sources, pipes, place, mask, dbias, spans, LOADS: gl
                     dq_desc, n, begin, end, g, furthest, turns, sources, pipes, place, mask, dbias, w, GROUPS, LOADS
                 )
         if sources.last > sources.first:
-            turns.pass_on(place.block(g) + sources.last - 1)
+            turns.pass_on(place.block(g) + (sources.last - 1) // turns.STEPS * turns.STEPS)
     mbarrier.arrive(pipes.done.index(0), count=1)
     if dbias.STORED and (mask.KIND != "none" or mask.RAGGED):
         dbias.blank(pipes, place, spans)
@@ -293,8 +300,8 @@ def backward_kernel(
     q_desc, k_desc, v_desc, do_desc, rows_desc, dq_desc, dk_desc, dv_desc, bias_desc, dbias_desc, first_rows, end_rows,
     dbias, counters, bias, slopes, sinks, cu_q, cu_k, lo, hi, rng, mailbox, stride_bb, stride_bh, stride_bm, stride_gb,
     stride_gh, stride_sb, stride_tb, batch, heads, group, max_q, max_k, total_q, total_k, padded, tiles, programs,
-    section, left, right, scale, softcap, threshold, keep_scale, BLOCK_M: gl.constexpr, GROUPS: gl.constexpr,
-    STAGES: gl.constexpr, SLOTS: gl.constexpr, CONSUME_REGISTERS: gl.constexpr, LOAD_REGISTERS: gl.constexpr,
+    section, left, right, scale, softcap, threshold, keep_scale, BLOCK_M: gl.constexpr, GROUPS: gl.constexpr, DIM: gl.constexpr,
+    DIM_V: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr, CONSUME_REGISTERS: gl.constexpr, LOAD_REGISTERS: gl.constexpr,
     GROUPED: gl.constexpr, VARLEN: gl.constexpr, KIND: gl.constexpr, LEFT: gl.constexpr, RAGGED: gl.constexpr,
     SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, BIAS: gl.constexpr, BIAS_ALIGN: gl.constexpr, BIAS_STEP: gl.constexpr,
     BIAS_TILES: gl.constexpr, DROPOUT: gl.constexpr, ORDERED: gl.constexpr, DBIAS: gl.constexpr,
@@ -338,9 +345,10 @@ def backward_kernel(
     pipes = Pipes(
         keys, values, barriers(2, 1), barriers(1, 1), Ring(q_tiles, barriers(STAGES, 1), empty, STAGES), rows,
         Ring(do_tiles, barriers(STAGES, 1), empty, STAGES), biases, Ring(ds_tiles, barriers(2, GROUPS), read, 2), exits,
-        GROUPS, BLOCK_M, D, DV, SLOTS, GROUPED, BIAS_TILES,
+        GROUPS, BLOCK_M, D, DV, DIM, DIM_V, SLOTS, GROUPED, BIAS_TILES,
     )  # fmt: skip
-    turns = Turns(counters, DETERMINISTIC)
+    # Passing on takes a good part of a step. Under a left bound a tile may end within a pair that the next one skips.
+    turns = Turns(counters, DETERMINISTIC, 1 if LEFT else 2)
     if GROUPS == 1:
         weights = Ring(ds_tiles, barriers(2, 1), read, 2)  # P, until dS takes its place
     fence_async_shared()

@@ -17,6 +17,7 @@ from flashtile.backends.hopper import (
     backward_epilogue,
     backward_prologue,
     bias_tiles,
+    configs,
     descriptors,
     launch,
 )
@@ -137,10 +138,11 @@ def prepare(problem: Problem, call: Call, boxed: tuple[Tensor, ...], variant: tu
         "stride_gh": stride_gh,
         "tiles": tiles,
         "programs": programs,
-        # Programs of grouped heads run long: the longest of two heads first, and less waits at the end (504 -> 546).
-        "section": 2 if problem.group > 1 else 1,
+        "section": _section(problem, tiles),
         "BLOCK_M": config.block_m,
         "GROUPS": config.groups,
+        "DIM": configs.columns(problem.qk_dim),
+        "DIM_V": configs.columns(problem.v_dim),
         "STAGES": config.stages,
         "SLOTS": config.slots,
         "CONSUME_REGISTERS": consume,
@@ -154,6 +156,16 @@ def prepare(problem: Problem, call: Call, boxed: tuple[Tensor, ...], variant: tu
     }
     options = {"num_warps": 4, "enable_fp_fusion": True}
     return launch.Plan(tiles * programs, values, options, partial(_describe, problem, config, tiles_in, tiles_out))
+
+
+def _section(problem: Problem, tiles: int) -> int:
+    """Key-value heads whose tiles are started side by side."""
+    if problem.deterministic and problem.window_left is None and problem.window_right is None and not problem.table:
+        # All tiles of a head meet at its first rows and leave them one after the other: too few for all processors to
+        # find work there, unless further heads have some (2048 rows: 415 with two heads, 477 with nine).
+        return 1 + -(-132 // tiles)
+    # Programs of grouped heads run long: the longest of two heads first, and less waits at the end (504 -> 546).
+    return 2 if problem.group > 1 else 1
 
 
 def _bias_gradient_strides(problem: Problem, kind: str) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from flashtile.backends.hopper.backward_work import KEYS
 from flashtile.backends.hopper.bias_tiles import add_tile, axis, store_tile
 from flashtile.backends.hopper.dialect import aggregate, barrier
-from flashtile.backends.hopper.tiles import accumulator, left_operand, partial_sums
+from flashtile.backends.hopper.tiles import accumulator, left_operand, partial_sums, row_products
 from flashtile.gpu.philox import random_state, random_words
 from flashtile.gpu.scores import LOG2E, score
 
@@ -271,11 +271,49 @@ def score_gradients(p, dp, delta, scoring):
             return _signed_product(p, difference, (zero - delta).to(gl.bfloat16))
         else:
             return _multiply(p, difference)
-    else:  # dP may be larger than float16 holds where P is small
-        wide = p.to(gl.float32)
-        if scoring.DROPOUT:
-            dp = gl.where(wide < 0.0, 0.0, dp)
-        return (gl.abs(wide) * (dp - delta)).to(p.dtype)
+    else:
+        return _wide_product(p, dp, delta, scoring.threshold >> 31, scoring.DROPOUT)
+
+
+@gluon.jit
+def _wide_product(p, dp, delta, zero, SIGNED: gl.constexpr):
+    """|p| (dp - delta) of a float16 p, in float32: dP may be larger than float16 holds where P is small. SIGNED: dp
+    counts as 0 where p is negative.
+
+    zero: a 0 that the compiler does not know. With it P depends on dP; else P is widened before dP is there, and
+    registers run out under the product.
+    """
+    HIDE: gl.constexpr = """
+        .reg .pred dropped;
+        setp.lt.f32 dropped, low, 0f00000000;
+        selp.f32 first, 0f00000000, first, dropped;
+        setp.lt.f32 dropped, high, 0f00000000;
+        selp.f32 second, 0f00000000, second, dropped;
+        abs.f32 low, low;
+        abs.f32 high, high;"""
+    PRODUCT: gl.constexpr = (
+        """{
+        .reg .b16 half0, half1;
+        .reg .b32 both;
+        .reg .f32 low, high, first, second;
+        lop3.b32 both, $1, $2, $6, 0xF8;
+        mov.b32 {half0, half1}, both;
+        cvt.f32.f16 low, half0;
+        cvt.f32.f16 high, half1;
+        mov.f32 first, $2;
+        mov.f32 second, $3;"""
+        + (HIDE if SIGNED else "")
+        + """
+        sub.f32 first, first, $4;
+        sub.f32 second, second, $5;
+        mul.f32 first, first, low;
+        mul.f32 second, second, high;
+        cvt.rn.f16x2.f32 $0, second, first;
+        }"""
+    )
+    return gl.inline_asm_elementwise(
+        PRODUCT, "=r,r,f,f,f,f,r,r", [p, dp, delta, zero], dtype=gl.float16, is_pure=False, pack=2
+    )
 
 
 @gluon.jit
@@ -313,11 +351,9 @@ def _step(dk, dv, sums, n, m, pipes, keys, mask, scoring, dbias, WG: gl.constexp
     """Step n, the query rows from m."""
     LAYOUT: gl.constexpr = accumulator(pipes.BLOCK_M)
     k = pipes.keys.index(WG)
-    v = pipes.values.index(WG)
-    zero = gl.zeros([KEYS, pipes.BLOCK_M], gl.float32, LAYOUT)
     bias = load_bias(m, keys, scoring)
     q = pipes.queries.wait(n)
-    running = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
+    running = row_products(k, q, pipes.DIM)
     bits = kept_bits(m, keys, scoring)
     s = warpgroup_mma_wait(0, deps=(running,))
     bias = pipes.load_bias(n, bias, WG)
@@ -327,7 +363,7 @@ def _step(dk, dv, sums, n, m, pipes, keys, mask, scoring, dbias, WG: gl.constexp
         p = gl.where(kept(bits, keys), p, -p)
     p = p.to(k.dtype)
     do = pipes.douts.wait(n)
-    running = warpgroup_mma(v, do.permute((1, 0)), zero, use_acc=False, is_async=True)
+    running = row_products(pipes.values.index(WG), do, pipes.DIM_V)
     if scoring.DROPOUT:
         # dV comes later: its operand, what is kept of P, would take registers beside P.
         delta = pipes.of_rows(n, 1, LAYOUT)

@@ -1,7 +1,8 @@
 """The backward's consumers for head dims above 128, where dK and dV of 64 keys fill the registers of a group each.
 
 Both know all 64 keys: one makes P and sums dV, the other makes dS from that P and sums dK. Each gradient is held as a
-left and a right half: ptxas refuses a product whose accumulator takes more registers than a thread starts with.
+left and a right half, of which the right is only as wide as the head dim asks for: ptxas refuses a product whose
+accumulator takes more registers than a thread starts with.
 """
 
 from triton.experimental import gluon
@@ -26,16 +27,31 @@ from flashtile.backends.hopper.backward_step import (
 from flashtile.backends.hopper.backward_work import KEYS
 from flashtile.backends.hopper.descriptors import store_rows
 from flashtile.backends.hopper.dialect import barrier
-from flashtile.backends.hopper.tiles import accumulator, left_operand, partial_sums
+from flashtile.backends.hopper.tiles import accumulator, left_operand, partial_sums, row_products
+
+
+@gluon.constexpr_function
+def _right_columns(DIM, WIDTH):
+    """Columns of the right half of a gradient: a power of two, enough for what DIM has beyond the left half."""
+    return min(WIDTH // 2, max(32, 1 << max(0, DIM - WIDTH // 2 - 1).bit_length()))
+
+
+@gluon.jit
+def _halves(DIM: gl.constexpr, WIDTH: gl.constexpr):
+    """Zeros: the left and the right half of a gradient of 64 keys."""
+    LEFT: gl.constexpr = WIDTH // 2
+    RIGHT: gl.constexpr = _right_columns(DIM, WIDTH)
+    left = gl.zeros([KEYS, LEFT], gl.float32, accumulator(LEFT))
+    return left, gl.zeros([KEYS, RIGHT], gl.float32, accumulator(RIGHT))
 
 
 @gluon.jit
 def _add_product(left, right, a, b):
     """Starts to add a b to a sum in two halves; a is in registers, b a tile of rows in shared memory."""
-    HALF: gl.constexpr = left.shape[1]
-    a = gl.convert_layout(a, left_operand(HALF))
-    left = warpgroup_mma(a, b.slice(0, HALF, dim=1), left, is_async=True)
-    right = warpgroup_mma(a, b.slice(HALF, HALF, dim=1), right, is_async=True)
+    LEFT: gl.constexpr = left.shape[1]
+    RIGHT: gl.constexpr = right.shape[1]
+    left = warpgroup_mma(gl.convert_layout(a, left_operand(LEFT)), b.slice(0, LEFT, dim=1), left, is_async=True)
+    right = warpgroup_mma(gl.convert_layout(a, left_operand(RIGHT)), b.slice(LEFT, RIGHT, dim=1), right, is_async=True)
     return left, right
 
 
@@ -43,10 +59,9 @@ def _add_product(left, right, a, b):
 def _weigh(left, right, n, m, pipes, weights, keys, mask, scoring, MASKED: gl.constexpr):
     """P^T of the query rows from m, handed over, and its product with dO added to dV."""
     k = pipes.keys.index(0)
-    zero = gl.zeros([KEYS, pipes.BLOCK_M], gl.float32, accumulator(pipes.BLOCK_M))
     bias = load_bias(m, keys, scoring)
     q = pipes.queries.wait(n)
-    running = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
+    running = row_products(k, q, pipes.DIM)
     bits = kept_bits(m, keys, scoring)
     s = warpgroup_mma_wait(0, deps=(running,))
     lse = pipes.of_rows(n, 0, accumulator(pipes.BLOCK_M))
@@ -74,10 +89,8 @@ def _weigh(left, right, n, m, pipes, weights, keys, mask, scoring, MASKED: gl.co
 def _differentiate(left, right, sums, n, m, pipes, weights, keys, scoring, dbias):
     """dS^T of the query rows from m, handed over, and its product with Q added to dK. What P hides is 0 here, too."""
     LAYOUT: gl.constexpr = accumulator(pipes.BLOCK_M)
-    v = pipes.values.index(0)
-    zero = gl.zeros([KEYS, pipes.BLOCK_M], gl.float32, LAYOUT)
     do = pipes.douts.wait(n)
-    running = warpgroup_mma(v, do.permute((1, 0)), zero, use_acc=False, is_async=True)
+    running = row_products(pipes.values.index(0), do, pipes.DIM_V)
     p = weights.wait(n).permute((1, 0)).load(LAYOUT)
     q = pipes.queries.wait(n)
     delta = pipes.of_rows(n, 1, LAYOUT)
@@ -99,9 +112,7 @@ def _differentiate(left, right, sums, n, m, pipes, weights, keys, scoring, dbias
 @gluon.jit
 def consume_values(dv_desc, pipes, weights, place, mask, scoring, span):
     """dV of the program's keys."""
-    HALF: gl.constexpr = pipes.DV // 2
-    left = gl.zeros([KEYS, HALF], gl.float32, accumulator(HALF))
-    right = left
+    left, right = _halves(pipes.DIM_V, pipes.DV)
     mbarrier.wait(pipes.loaded.index(0), 0)
     start, full, partial, stop = span
     n = 0
@@ -127,9 +138,7 @@ def consume_values(dv_desc, pipes, weights, place, mask, scoring, span):
 @gluon.jit
 def consume_keys(dk_desc, pipes, weights, place, mask, scoring, dbias, span):
     """dK of the program's keys."""
-    HALF: gl.constexpr = pipes.D // 2
-    left = gl.zeros([KEYS, HALF], gl.float32, accumulator(HALF))
-    right = left
+    left, right = _halves(pipes.DIM, pipes.D)
     mbarrier.wait(pipes.loaded.index(1), 0)
     start, _, _, stop = span
     n = 0
@@ -152,9 +161,10 @@ def consume_keys(dk_desc, pipes, weights, place, mask, scoring, dbias, span):
 def _leave(desc, left, right, tile, pipes, place):
     """Stores a gradient through the shared memory of the keys or values, once no product reads them any more."""
     mbarrier.wait(pipes.done.index(0), 0)
-    HALF: gl.constexpr = left.shape[1]
-    tile.slice(0, HALF, dim=1).store(left.to(tile.dtype))
-    tile.slice(HALF, HALF, dim=1).store(right.to(tile.dtype))
+    LEFT: gl.constexpr = left.shape[1]
+    RIGHT: gl.constexpr = right.shape[1]
+    tile.slice(0, LEFT, dim=1).store(left.to(tile.dtype))
+    tile.slice(LEFT, RIGHT, dim=1).store(right.to(tile.dtype))
     fence_async_shared()
     barrier()
     store_rows(desc, tile, place.b, place.kv_h, place.k_start, place.k_len, place.first_key, place.VARLEN)

@@ -182,6 +182,7 @@ class Pipes:
     """What flows between the roles: K and V, a ring of query tiles with their rows of lse and delta, one of dO tiles
     released together with it, a ring of dS, and the shared memory through which dQ leaves.
 
+    DIM, DIM_V: how many of a tile's D or DV columns the head dims take.
     biases: for each slot of the query ring and each consumer, the bias of its scores, a row of 64 keys for each query.
     """
 
@@ -199,6 +200,8 @@ class Pipes:
     BLOCK_M: gl.constexpr
     D: gl.constexpr
     DV: gl.constexpr
+    DIM: gl.constexpr
+    DIM_V: gl.constexpr
     SLOTS: gl.constexpr
     GROUPED: gl.constexpr
     BIAS_TILES: gl.constexpr
@@ -232,7 +235,8 @@ class Pipes:
     @gluon.jit
     def exit(self, n, part):
         """Where part `part` of dQ of step n leaves, one for each [64, min(D, 64)] of it."""
-        PARTS: gl.constexpr = self.BLOCK_M // 64 * (self.D // min(self.D, 64))
+        C: gl.constexpr = min(self.D, 64)
+        PARTS: gl.constexpr = self.BLOCK_M // 64 * ((self.DIM + C - 1) // C)
         return self.exits.index((n * PARTS + part) % self.SLOTS)
 
     @gluon.jit

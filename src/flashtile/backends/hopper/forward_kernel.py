@@ -23,7 +23,7 @@ from flashtile.backends.hopper.descriptors import load_rows, store_rows, swizzle
 from flashtile.backends.hopper.dialect import aggregate, barrier
 from flashtile.backends.hopper.rings import Ring, barriers, ring
 from flashtile.backends.hopper.softmax import MINUS_INFINITY, drop, load_bias, weigh
-from flashtile.backends.hopper.tiles import accumulator, left_operand, partial_sums
+from flashtile.backends.hopper.tiles import accumulator, left_operand, partial_sums, row_products
 from flashtile.backends.hopper.work import Change, Places, Rows, Shapes, places
 from flashtile.gpu.arguments import RUNTIME
 from flashtile.gpu.philox import random_state
@@ -46,6 +46,7 @@ class Pipes:
     outputs: gl.shared_memory_descriptor
     GROUPS: gl.constexpr
     BLOCK_N: gl.constexpr
+    DIM: gl.constexpr
     DV: gl.constexpr
     SHARED: gl.constexpr
     OVERLAP: gl.constexpr
@@ -90,9 +91,7 @@ class Pipes:
     @gluon.jit
     def issue_scores(self, q, n):
         """Q K^T of key tile n, which is full; running."""
-        k = self.keys.slot(n)
-        zero = gl.zeros([64, self.BLOCK_N], gl.float32, accumulator(self.BLOCK_N))
-        return warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
+        return row_products(q, self.keys.slot(n), self.DIM)
 
     @gluon.jit
     def issue_output(self, p16, n, o):
@@ -251,55 +250,73 @@ def _attend(q, n, span, pipes, rows, change, m, KIND: gl.constexpr):
 
 
 @gluon.jit
-def _consumer(o_desc, out, lse, stride_om, stride_oh, pipes, shapes, change, WG: gl.constexpr, DIM_V: gl.constexpr):
-    """The 64 rows number WG of each item's query tile, from S to the stores of O and lse."""
+def _item(
+    o_desc, lse, work, n, tile, b, h, first_row, span, q_len, pipes, shapes, change, state, WG: gl.constexpr
+):  # fmt: skip
+    """The 64 rows number WG of one item, from S to the stores of O and lse; the number of the key tile after it."""
     S_ROWS: gl.constexpr = gl.SliceLayout(1, accumulator(shapes.BLOCK_N))
-    low, high, offset = random_state(change.rng, change.DROPOUT)
+    q_start, _, _, k_len = shapes.sequences(b, False)
+    mine = first_row + 64 * WG
+    before = 0
+    if shapes.KIND != "none" and pipes.STRIPS:
+        whole = span
+        span = shapes.own_walk(whole, mine, b, q_len, k_len)
+        n = pipes.skip(n, whole[3] - span[3])
+        if change.LEFT:
+            before = span[0] - whole[0]
+    row = mine + gl.arange(0, 64, layout=S_ROWS)
+    begin, end = shapes.seen(gl.minimum(row, q_len - 1), b, q_len, k_len)
+    slope, sink = change.of_head(b, h)
+    bias = change.bias_of(b, h, mine)
+    low, high, offset = state
+    rows = Rows(mine, row, begin, end, q_len, k_len, b * shapes.heads + h, bias, slope, low, high, offset, WG)
+    m = gl.full([64], 0.0, gl.float32, S_ROWS) + sink
+    o, l, m, p16, n = _attend(pipes.query(work, WG), n, span, pipes, rows, change, m, shapes.KIND)
+    if not pipes.SHARED:
+        pipes.queries.release(work)
+    running = pipes.issue_output(p16, n - 1, o)
+    total = gl.convert_layout(gl.sum(l, 1), S_ROWS)
+    if change.SINKS:
+        total += gl.exp2(sink - m)
+    some = gl.where(total == 0.0, 1.0, total)
+    share = gl.convert_layout(change.keep_scale / some, gl.SliceLayout(1, accumulator(pipes.DV)))
+    log_sum = gl.where(total == 0.0, MINUS_INFINITY, (m + gl.log2(total)) * LN2)
+    at = shapes.lse_row(b, h, q_start)
+    gl.store(lse + at + row, log_sum, mask=row < q_len)
+    own = pipes.query(work, WG) if pipes.SHARED else pipes.outputs.index(WG)
+    tma.store_wait(0)
+    o = warpgroup_mma_wait(0, deps=(running,))
+    pipes.values.release(n - 1)
+    if change.LEFT and pipes.STRIPS:
+        n = pipes.skip(n, before)
+    own.store((o * share[:, None]).to(p16.dtype))
+    fence_async_shared()
+    barrier()
+    store_rows(o_desc, own, b, h, q_start, q_len, mine, shapes.VARLEN)
+    if pipes.SHARED:
+        tma.store_wait(0)
+        pipes.queries.release(work)
+    return n
+
+
+@gluon.jit
+def _consumer(o_desc, out, lse, stride_om, stride_oh, pipes, shapes, change, WG: gl.constexpr, DIM_V: gl.constexpr):
+    """The 64 rows number WG of each item's query tile; none where they lie behind the sequence's end."""
+    state = random_state(change.rng, change.DROPOUT)
     n = 0
     work = 0
     tile, b, h = pipes.place(work)
     while tile >= 0:
-        q_start, q_len, _, k_len = shapes.sequences(b, False)
+        _, q_len, _, k_len = shapes.sequences(b, False)
         first_row = tile * shapes.BLOCK_M
-        mine = first_row + 64 * WG
         span = shapes.walk(first_row, b, q_len, k_len, shapes.BLOCK_M)
-        before = 0
-        if shapes.KIND != "none" and pipes.STRIPS:
-            whole = span
-            span = shapes.own_walk(whole, mine, b, q_len, k_len)
-            n = pipes.skip(n, whole[3] - span[3])
-            if change.LEFT:
-                before = span[0] - whole[0]
-        row = mine + gl.arange(0, 64, layout=S_ROWS)
-        begin, end = shapes.seen(gl.minimum(row, q_len - 1), b, q_len, k_len)
-        slope, sink = change.of_head(b, h)
-        bias = change.bias_of(b, h, mine)
-        rows = Rows(mine, row, begin, end, q_len, k_len, b * shapes.heads + h, bias, slope, low, high, offset, WG)
-        m = gl.full([64], 0.0, gl.float32, S_ROWS) + sink
-        o, l, m, p16, n = _attend(pipes.query(work, WG), n, span, pipes, rows, change, m, shapes.KIND)
-        if not pipes.SHARED:
-            pipes.queries.release(work)
-        running = pipes.issue_output(p16, n - 1, o)
-        total = gl.convert_layout(gl.sum(l, 1), S_ROWS)
-        if change.SINKS:
-            total += gl.exp2(sink - m)
-        some = gl.where(total == 0.0, 1.0, total)
-        share = gl.convert_layout(change.keep_scale / some, gl.SliceLayout(1, accumulator(pipes.DV)))
-        log_sum = gl.where(total == 0.0, MINUS_INFINITY, (m + gl.log2(total)) * LN2)
-        at = shapes.lse_row(b, h, q_start)
-        gl.store(lse + at + row, log_sum, mask=row < q_len)
-        own = pipes.query(work, WG) if pipes.SHARED else pipes.outputs.index(WG)
-        tma.store_wait(0)
-        o = warpgroup_mma_wait(0, deps=(running,))
-        pipes.values.release(n - 1)
-        if change.LEFT and pipes.STRIPS:
-            n = pipes.skip(n, before)
-        own.store((o * share[:, None]).to(p16.dtype))
-        fence_async_shared()
-        barrier()
-        store_rows(o_desc, own, b, h, q_start, q_len, mine, shapes.VARLEN)
-        if pipes.SHARED:
-            tma.store_wait(0)
+        # Settled when the kernel is compiled. Where shared memory is short, so are registers: none is left for a branch.
+        if WG == 0 or pipes.SHARED:  # noqa: SIM114
+            n = _item(o_desc, lse, work, n, tile, b, h, first_row, span, q_len, pipes, shapes, change, state, WG)
+        elif first_row + 64 * WG < q_len:
+            n = _item(o_desc, lse, work, n, tile, b, h, first_row, span, q_len, pipes, shapes, change, state, WG)
+        else:
+            n = pipes.skip(n, span[3] - span[0])
             pipes.queries.release(work)
         work += 1
         tile, b, h = pipes.place(work)
@@ -334,9 +351,9 @@ def forward_kernel(
     q_desc, k_desc, v_desc, o_desc, bias_desc, out, lse, counter, bias, slopes, sinks, cu_q, cu_k, lo, hi, rng,
     mailbox, stride_om, stride_oh, stride_bb, stride_bh, stride_bm, stride_sb, stride_tb, batch, heads, group, max_q,
     max_k, total_q, total_k, tiles, programs, section, left, right, scale, softcap, threshold, keep_scale,
-    GROUPS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, SHARED: gl.constexpr, DIM_V: gl.constexpr,
-    CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, VARLEN: gl.constexpr, KIND: gl.constexpr,
-    LEFT: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, BIAS: gl.constexpr, BIAS_ALIGN: gl.constexpr,
+    GROUPS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, SHARED: gl.constexpr, DIM: gl.constexpr,
+    DIM_V: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, VARLEN: gl.constexpr,
+    KIND: gl.constexpr, LEFT: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, BIAS: gl.constexpr, BIAS_ALIGN: gl.constexpr,
     BIAS_STEP: gl.constexpr, BIAS_TILES: gl.constexpr, SINKS: gl.constexpr, DROPOUT: gl.constexpr, FOLD: gl.constexpr,
     RAGGED: gl.constexpr, SINGLE: gl.constexpr, PAIRED: gl.constexpr, BATCH_FIRST: gl.constexpr,
     QUERY_STAGES: gl.constexpr, OVERLAP: gl.constexpr, STRIPS: gl.constexpr,
@@ -363,8 +380,8 @@ def forward_kernel(
     if BIAS_TILES:
         biases = gl.allocate_shared_memory(dtype, [STAGES * GROUPS, 64, BLOCK_N], swizzled(2, BLOCK_N))
     pipes = Pipes(
-        queries, places(QUERY_STAGES), keys, values, biases, outputs, GROUPS, BLOCK_N, DV, SHARED, OVERLAP, STRIPS,
-        BIAS_TILES,
+        queries, places(QUERY_STAGES), keys, values, biases, outputs, GROUPS, BLOCK_N, DIM, DV, SHARED, OVERLAP,
+        STRIPS, BIAS_TILES,
     )  # fmt: skip
     fence_async_shared()
     barrier()

@@ -93,6 +93,7 @@ def prepare(problem: Problem, call: Call, boxed: tuple[Tensor, ...], variant: tu
         "STRIPS": config.strips,
         "CONSUMER_REGISTERS": config.registers[0],
         "PRODUCER_REGISTERS": config.registers[1],
+        "DIM": configs.columns(problem.qk_dim),
         "DIM_V": problem.v_dim,
         "SINKS": problem.sinks,
         "FOLD": not arguments.changes_scores(problem) and problem.scale > 0,

@@ -300,12 +300,12 @@ def backward_kernel(
     q_desc, k_desc, v_desc, do_desc, rows_desc, dq_desc, dk_desc, dv_desc, bias_desc, dbias_desc, first_rows, end_rows,
     dbias, counters, bias, slopes, sinks, cu_q, cu_k, lo, hi, rng, mailbox, stride_bb, stride_bh, stride_bm, stride_gb,
     stride_gh, stride_sb, stride_tb, batch, heads, group, max_q, max_k, total_q, total_k, padded, tiles, programs,
-    section, left, right, scale, softcap, threshold, keep_scale, BLOCK_M: gl.constexpr, GROUPS: gl.constexpr, DIM: gl.constexpr,
-    DIM_V: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr, CONSUME_REGISTERS: gl.constexpr, LOAD_REGISTERS: gl.constexpr,
-    GROUPED: gl.constexpr, VARLEN: gl.constexpr, KIND: gl.constexpr, LEFT: gl.constexpr, RAGGED: gl.constexpr,
-    SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, BIAS: gl.constexpr, BIAS_ALIGN: gl.constexpr, BIAS_STEP: gl.constexpr,
-    BIAS_TILES: gl.constexpr, DROPOUT: gl.constexpr, ORDERED: gl.constexpr, DBIAS: gl.constexpr,
-    DETERMINISTIC: gl.constexpr,
+    section, left, right, scale, softcap, threshold, keep_scale, BLOCK_M: gl.constexpr, GROUPS: gl.constexpr,
+    DIM: gl.constexpr, DIM_V: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr, CONSUME_REGISTERS: gl.constexpr,
+    LOAD_REGISTERS: gl.constexpr, GROUPED: gl.constexpr, VARLEN: gl.constexpr, KIND: gl.constexpr, LEFT: gl.constexpr,
+    RAGGED: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, BIAS: gl.constexpr, BIAS_ALIGN: gl.constexpr,
+    BIAS_STEP: gl.constexpr, BIAS_TILES: gl.constexpr, DROPOUT: gl.constexpr, ORDERED: gl.constexpr,
+    DBIAS: gl.constexpr, DETERMINISTIC: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
     D: gl.constexpr = k_desc.block_type.shape[-1]

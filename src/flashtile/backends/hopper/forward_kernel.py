@@ -310,7 +310,7 @@ def _consumer(o_desc, out, lse, stride_om, stride_oh, pipes, shapes, change, WG:
         _, q_len, _, k_len = shapes.sequences(b, False)
         first_row = tile * shapes.BLOCK_M
         span = shapes.walk(first_row, b, q_len, k_len, shapes.BLOCK_M)
-        # Settled when the kernel is compiled. Where shared memory is short, so are registers: none is left for a branch.
+        # Settled when the kernel is compiled. Where shared memory is short, registers are, too: no branch fits.
         if WG == 0 or pipes.SHARED:  # noqa: SIM114
             n = _item(o_desc, lse, work, n, tile, b, h, first_row, span, q_len, pipes, shapes, change, state, WG)
         elif first_row + 64 * WG < q_len:
@@ -348,15 +348,15 @@ def _blank(out, lse, offset, h, stride_om, stride_oh, shapes, DV: gl.constexpr, 
 
 @gluon.jit(do_not_specialize=[*RUNTIME, "stride_bb", "stride_bh", "stride_bm"])
 def forward_kernel(
-    q_desc, k_desc, v_desc, o_desc, bias_desc, out, lse, counter, bias, slopes, sinks, cu_q, cu_k, lo, hi, rng,
-    mailbox, stride_om, stride_oh, stride_bb, stride_bh, stride_bm, stride_sb, stride_tb, batch, heads, group, max_q,
-    max_k, total_q, total_k, tiles, programs, section, left, right, scale, softcap, threshold, keep_scale,
+    q_desc, k_desc, v_desc, o_desc, bias_desc, out, lse, counter, bias, slopes, sinks, cu_q, cu_k, lo, hi, rng, mailbox,
+    stride_om, stride_oh, stride_bb, stride_bh, stride_bm, stride_sb, stride_tb, batch, heads, group, max_q, max_k,
+    total_q, total_k, tiles, programs, section, left, right, scale, softcap, threshold, keep_scale,
     GROUPS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, SHARED: gl.constexpr, DIM: gl.constexpr,
     DIM_V: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, VARLEN: gl.constexpr,
-    KIND: gl.constexpr, LEFT: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, BIAS: gl.constexpr, BIAS_ALIGN: gl.constexpr,
-    BIAS_STEP: gl.constexpr, BIAS_TILES: gl.constexpr, SINKS: gl.constexpr, DROPOUT: gl.constexpr, FOLD: gl.constexpr,
-    RAGGED: gl.constexpr, SINGLE: gl.constexpr, PAIRED: gl.constexpr, BATCH_FIRST: gl.constexpr,
-    QUERY_STAGES: gl.constexpr, OVERLAP: gl.constexpr, STRIPS: gl.constexpr,
+    KIND: gl.constexpr, LEFT: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, BIAS: gl.constexpr,
+    BIAS_ALIGN: gl.constexpr, BIAS_STEP: gl.constexpr, BIAS_TILES: gl.constexpr, SINKS: gl.constexpr,
+    DROPOUT: gl.constexpr, FOLD: gl.constexpr, RAGGED: gl.constexpr, SINGLE: gl.constexpr, PAIRED: gl.constexpr,
+    BATCH_FIRST: gl.constexpr, QUERY_STAGES: gl.constexpr, OVERLAP: gl.constexpr, STRIPS: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
     D: gl.constexpr = q_desc.block_type.shape[-1]

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -17,7 +17,9 @@ from torch import Tensor
 from flashtile.execution import run_backward, run_forward
 from flashtile.problem import Call
 
-DIFFERENTIABLE = 6  # the leading fields of Call that gradients are counted for: q, k, v, bias, alibi_slopes, sinks
+DIFFERENTIABLE: Final = (
+    6  # the leading fields of Call that gradients are counted for: q, k, v, bias, alibi_slopes, sinks
+)
 TENSORS = 11  # the leading fields of Call that are tensors
 REST = (None,) * (len(Call._fields) - DIFFERENTIABLE)
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -43,7 +45,14 @@ def gradients(
         return (None,) * DIFFERENTIABLE
     dout = torch.zeros_like(out) if dout is None else dout
     dq, dk, dv, dbias, dsinks = run(dout, dlse, out, lse, bool(wanted[3]), *tensors, *ctx.numbers)
-    return tuple(grad if want else None for grad, want in zip((dq, dk, dv, dbias, None, dsinks), wanted, strict=True))
+    return (
+        dq if wanted[0] else None,
+        dk if wanted[1] else None,
+        dv if wanted[2] else None,
+        dbias if wanted[3] else None,
+        None,
+        dsinks if wanted[5] else None,
+    )
 
 
 def refuse_second_derivative(ctx: Any, *grads: Tensor) -> None:
@@ -55,11 +64,20 @@ def refuse_second_derivative(ctx: Any, *grads: Tensor) -> None:
 
 def needs_dispatcher(*tensors: Tensor | None) -> bool:
     """True where somebody looks on: a compiler, a dispatch mode, or a tensor that is not a plain one."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or any(t is not None and (type(t) not in _PLAIN or t.is_meta) for t in tensors)
-    )
+    if torch.compiler.is_compiling():
+        return True
+    for tensor in tensors:  # a loop takes half the time of any(...)
+        if tensor is not None and (type(tensor) not in _PLAIN or tensor.is_meta):
+            return True
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
+def wants_gradients(*tensors: Tensor | None) -> bool:
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 def transformed() -> bool:

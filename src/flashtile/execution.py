@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flashtile.dispatch import choose, load
 from flashtile.merge import sink_gradient
-from flashtile.problem import Call, Problem, unpack
+from flashtile.problem import Call, Problem, separate, unpack
 from flashtile.validation import check_cu_seqlens_values, describe
 
 Gradients = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -33,11 +33,9 @@ def run_backward(
     dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, bias_grad: bool, *fields: Any
 ) -> Gradients:
     """Gradients of q, k, v (packed as the inputs were), bias and sinks; None for what the call does not have."""
-    packed = Call(*fields)
-    grads = empty_gradients(packed)
-    call = unpack(packed)
-    views = unpack(call._replace(q=grads[0], k=grads[1], v=grads[2]))
-    dbias, dsinks = write_gradients(dout, dlse, out, lse, bias_grad, call, (views.q, views.k, views.v))
+    call = Call(*fields)
+    grads = empty_gradients(call)
+    dbias, dsinks = write_gradients(dout, dlse, out, lse, bias_grad, unpack(call), separate(*grads))
     return (*grads, dbias, dsinks)
 
 
@@ -59,15 +57,17 @@ def write_gradients(
 
 def empty_gradients(call: Call) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Memory for the gradients of q, k and v in the inputs' own packing and layout."""
-    dq, dk, dv = (None if t is None else torch.empty_like(t) for t in call[:3])
-    return dq, dk, dv  # type: ignore[return-value]
+    _, k, v = call[:3]
+    dk = None if k is None else torch.empty_like(k)
+    return torch.empty_like(call.q), dk, None if v is None else torch.empty_like(v)
 
 
 def empty_out(q: Tensor, problem: Problem) -> Tensor:
     """Memory for the result, its dimensions in q's own order (head_dim innermost), as PyTorch's attention has it."""
-    shape, (*strides, innermost) = problem.out_shape, q.stride()
-    if innermost == 1 and shape == q.shape:
+    *strides, innermost = q.stride()
+    if innermost == 1 and problem.v_dim == problem.qk_dim:
         return torch.empty_like(q)
+    shape = problem.out_shape
     if all(outer >= inner for outer, inner in pairwise(strides)):
         return q.new_empty(shape)
     order = sorted(range(len(strides)), key=lambda axis: strides[axis], reverse=True)

@@ -9,13 +9,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from flashtile.execution import run_backward, run_forward
-from flashtile.problem import Call
+from flashtile.execution import forward, run_backward
+from flashtile.problem import Call, unpack
+from flashtile.validation import describe
 
 DIFFERENTIABLE: Final = (
     6  # the leading fields of Call that gradients are counted for: q, k, v, bias, alibi_slopes, sinks
@@ -92,7 +94,9 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: Call, *differentiable: Tensor | None) -> tuple[Tensor, Tensor]:
-        output = run_forward(call)
+        unpacked = unpack(call)
+        ctx.problem = describe(unpacked)
+        output = forward(ctx.problem, unpacked)
         save(ctx, call, output)
         return output
 
@@ -100,8 +104,12 @@ class Attention(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         # With create_graph the op puts its own refusal of a second derivative into the graph.
         dispatched = torch.is_grad_enabled() or needs_dispatcher(dout, dlse)
-        run = torch.ops.flashtile.backward if dispatched else run_backward
+        run = torch.ops.flashtile.backward if dispatched else partial(run_backward, problem=ctx.problem)
         return (None, *gradients(ctx, run, dout, dlse, ctx.needs_input_grad[1:]))
+
+
+# Python's `Attention.apply` first looks for the transforms of torch.func, which `transformed` has found to be away.
+attend: Callable[..., tuple[Tensor, Tensor]] = super(torch.autograd.Function, Attention).apply
 
 
 class Transformed(torch.autograd.Function):

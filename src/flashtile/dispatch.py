@@ -19,14 +19,7 @@ BACKENDS = ("hopper", "triton", "blocked", "reference")
 # On a CPU, Triton kernels only run in Triton's interpreter, which is for tests.
 CPU_ORDER = ("blocked", "reference", "triton", "hopper")
 
-
-class _Requested(threading.local):
-    """The backend of the innermost `use_backend` of a thread."""
-
-    name: str | None = None
-
-
-_requested = _Requested()
+_requested = threading.local()
 
 
 def load(name: str) -> ModuleType:
@@ -85,7 +78,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 def requested_backend() -> str | None:
     """The backend of the innermost `use_backend`, if any."""
-    return _requested.name
+    return getattr(_requested, "name", None)
 
 
 def check_device_errors(device: torch.device | str | int | None = None) -> None:

@@ -19,7 +19,11 @@ Gradients = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | 
 def run_forward(call: Call, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(out, lse) of a call whose tensors are plain ones with memory."""
     call = unpack(call)
-    problem = describe(call)
+    return forward(describe(call), call, out)
+
+
+def forward(problem: Problem, call: Call, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(out, lse) of an unpacked call that was found to be in order."""
     if call.cu_seqlens_q is not None and call.cu_seqlens_k is not None and problem.device == "cpu":
         check_cu_seqlens_values("cu_seqlens_q", call.cu_seqlens_q, problem.total_q, problem.q_len)
         check_cu_seqlens_values("cu_seqlens_k", call.cu_seqlens_k, problem.total_k, problem.k_len)
@@ -30,12 +34,23 @@ def run_forward(call: Call, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
 
 
 def run_backward(
-    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, bias_grad: bool, *fields: Any
+    dout: Tensor,
+    dlse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    bias_grad: bool,
+    *fields: Any,
+    problem: Problem | None = None,
 ) -> Gradients:
-    """Gradients of q, k, v (packed as the inputs were), bias and sinks; None for what the call does not have."""
+    """Gradients of q, k, v (packed as the inputs were), bias and sinks; None for what the call does not have.
+
+    problem: the call's, where it is known.
+    """
     call = Call(*fields)
     grads = empty_gradients(call)
-    dbias, dsinks = write_gradients(dout, dlse, out, lse, bias_grad, unpack(call), separate(*grads))
+    call, dqkv = unpack(call), separate(*grads)
+    problem = describe(call) if problem is None else problem
+    dbias, dsinks = backward(problem, call, out, lse, dout, dlse, dqkv, bias_grad)
     return (*grads, dbias, dsinks)
 
 
@@ -49,7 +64,20 @@ def write_gradients(
     dqkv: tuple[Tensor, Tensor, Tensor],
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dbias, dsinks) of an unpacked call; the gradients of q, k and v are written into dqkv, of any strides."""
-    problem = describe(call)
+    return backward(describe(call), call, out, lse, dout, dlse, dqkv, bias_grad)
+
+
+def backward(
+    problem: Problem,
+    call: Call,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    dqkv: tuple[Tensor, Tensor, Tensor],
+    bias_grad: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The same where the problem is known."""
     if problem.empty:
         return _backward_of_nothing(call, lse, dlse, dqkv, bias_grad)
     return load(choose(problem, call.backend)).backward(problem, call, out, lse, dout, dlse, dqkv, bias_grad)

@@ -16,8 +16,8 @@ from flashtile import flops
 from flashtile.autograd import (
     DIFFERENTIABLE,
     REST,
-    Attention,
     Transformed,
+    attend,
     gradients,
     needs_dispatcher,
     refuse_second_derivative,
@@ -56,7 +56,7 @@ def attention(call: Call, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
     if needs_dispatcher(*differentiable) or transformed():
         return _dispatched(call, out)
     if out is None and wants_gradients(*differentiable):
-        return Attention.apply(call, *differentiable)  # type: ignore[no-untyped-call]
+        return attend(call, *differentiable)
     return run_forward(call, out)
 
 

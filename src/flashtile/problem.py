@@ -106,24 +106,24 @@ class Problem:
         extras = (self.alibi, self.bias, self.sinks, self.varlen, self.table, self.dropout_p)
         return not any(extras)
 
-    @property
+    @cached_property
     def empty(self) -> bool:
         """True where there is no output element or no key at all."""
         queries, keys = (self.total_q, self.total_k) if self.varlen else (self.q_len, self.k_len)
         return self.batch * queries * self.q_heads * keys == 0
 
-    @property
+    @cached_property
     def out_shape(self) -> tuple[int, ...]:
         rows = (self.total_q,) if self.varlen else (self.batch, self.q_len)
         return (*rows, self.q_heads, self.v_dim)
 
-    @property
+    @cached_property
     def lse_shape(self) -> tuple[int, ...]:
         if self.varlen:
             return (self.q_heads, self.total_q)
         return (self.batch, self.q_heads, self.q_len)
 
-    @property
+    @cached_property
     def lse_dtype(self) -> torch.dtype:
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 

@@ -160,11 +160,11 @@ def features(problem: Problem) -> dict[str, Any]:
 
 def in_order(call: Call) -> Call:
     """The call with slopes, sinks and cu_seqlens as kernels read them: one number behind the other in memory."""
-    if call.alibi_slopes is None and call.sinks is None and call.cu_seqlens_q is None:
+    for tensor in (call.alibi_slopes, call.sinks, call.cu_seqlens_q, call.cu_seqlens_k):
+        if tensor is not None and not tensor.is_contiguous():
+            break
+    else:
         return call
-    strided = {
-        name: tensor.contiguous()
-        for name in ("alibi_slopes", "sinks", "cu_seqlens_q", "cu_seqlens_k")
-        if (tensor := getattr(call, name)) is not None and not tensor.is_contiguous()
-    }
-    return call._replace(**strided) if strided else call
+    names = ("alibi_slopes", "sinks", "cu_seqlens_q", "cu_seqlens_k")
+    tensors = {name: getattr(call, name) for name in names}
+    return call._replace(**{name: t.contiguous() for name, t in tensors.items() if t is not None})

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from torch import Tensor
 from flashtile.backends.hopper import descriptors, dialect
 from flashtile.gpu import arguments
 from flashtile.problem import Call, Problem
+
+_Key = TypeVar("_Key")
+_Value = TypeVar("_Value")
 
 _KIND_LIMIT = 4096
 _MAP_LIMIT = 512
@@ -36,11 +39,15 @@ class Plan(NamedTuple):
 
 
 class _Ready(NamedTuple):
-    """A kernel that was launched before. maps: for each descriptor what it expands to, by the tensor's address."""
+    """A kernel that was launched before.
+
+    maps: for each descriptor what it expands to, by the tensor's address; expanded: all of them, by all addresses.
+    """
 
     launch: Callable[[int, tuple[Any, ...]], None]
     boxes: list[dict[str, Any]]
     maps: list[dict[int, tuple[Any, ...]]]
+    expanded: dict[tuple[int, ...], tuple[Any, ...]]
     describe: Callable[[tuple[Tensor, ...]], tuple[Any, ...]]
     numbers: tuple[Any, ...]
 
@@ -87,10 +94,10 @@ class Launches:
             addresses += self._extras
             others = (*[None if t is None else (t.dtype, t.shape, t.stride()) for t in call[3:11]],)
         key = (problem, device, variant, _alignment(addresses), others, *steps)
-        kind = _kinds.get(key)
+        kind: _Kind | None = _kinds.get(key)
         if kind is None:
-            kind = _remember(key, _Kind(all(map(descriptors.fits, boxed)), {}))
-        self.fit, self._ready = kind
+            kind = _keep(_kinds, key, _Kind(all(map(descriptors.fits, boxed)), {}), _KIND_LIMIT)
+        self.fit, self._ready = kind.fit, kind.ready
         self._call = call
         self._stream = torch._C._cuda_getCurrentRawStream(device)
 
@@ -105,11 +112,12 @@ class Launches:
         if ready is None:
             self._ready[id(kernel)] = _launch_first(kernel, prepare(), boxed, (*tensors, *arguments.extras(self._call)))
             return
-        expanded: list[Any] = []
-        for index, maps in enumerate(ready.maps):
-            expanded += maps.get(boxed[index].data_ptr()) or _encode(ready, boxed, index)
-        expanded += [tensor.data_ptr() for tensor in tensors]
-        ready.launch(self._stream, (*expanded, *self._extras, *ready.numbers))
+        places = (*[tensor.data_ptr() for tensor in boxed],)
+        expanded = ready.expanded.get(places)
+        if expanded is None:
+            expanded = _expand(ready, boxed, places)
+        addresses = [tensor.data_ptr() for tensor in tensors]
+        ready.launch(self._stream, (*expanded, *addresses, *self._extras, *ready.numbers))
 
 
 def _alignment(addresses: list[int]) -> int | tuple[bool, ...]:
@@ -120,11 +128,11 @@ def _alignment(addresses: list[int]) -> int | tuple[bool, ...]:
     return combined & 15 and tuple(address & 15 == 0 for address in addresses)
 
 
-def _remember(key: tuple[Any, ...], kind: _Kind) -> _Kind:
-    if len(_kinds) >= _KIND_LIMIT:
-        _kinds.clear()
-    _kinds[key] = kind
-    return kind
+def _keep(cache: dict[_Key, _Value], key: _Key, value: _Value, limit: int = _MAP_LIMIT) -> _Value:
+    if len(cache) >= limit:
+        cache.clear()
+    cache[key] = value
+    return value
 
 
 @lru_cache
@@ -133,19 +141,17 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
+def _expand(ready: _Ready, boxed: tuple[Tensor, ...], places: tuple[int, ...]) -> tuple[Any, ...]:
+    """The descriptors as a bare launch takes them, kept for the next call with these addresses."""
+    expanded: list[Any] = []
+    for index, (maps, place) in enumerate(zip(ready.maps, places, strict=True)):
+        expanded += maps.get(place) or _keep(maps, place, _encode(ready, boxed, index))
+    return _keep(ready.expanded, places, tuple(expanded))
+
+
 def _encode(ready: _Ready, boxed: tuple[Tensor, ...], index: int) -> tuple[Any, ...]:
-    """The index-th descriptor as a bare launch takes it, kept for the next call with that address."""
-    maps = ready.maps[index]
-    if len(maps) >= _MAP_LIMIT:
-        maps.clear()
     descriptor = ready.describe(boxed)[index]
-    encoded = (
-        dialect.encode_descriptor(descriptor, ready.boxes[index]),
-        *descriptor.shape,
-        *descriptor.strides,
-    )
-    maps[boxed[index].data_ptr()] = encoded
-    return encoded
+    return dialect.encode_descriptor(descriptor, ready.boxes[index]), *descriptor.shape, *descriptor.strides
 
 
 def _launch_first(kernel: Any, plan: Plan, boxed: tuple[Tensor, ...], tensors: tuple[Tensor, ...]) -> _Ready:
@@ -159,6 +165,7 @@ def _launch_first(kernel: Any, plan: Plan, boxed: tuple[Tensor, ...], tensors: t
         dialect.bare_launcher(compiled, plan.programs),
         list(compiled.metadata.tensordesc_meta),
         [{} for _ in boxed],
+        {},
         plan.describe,
         numbers,
     )

@@ -104,6 +104,7 @@ class Attention(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         # With create_graph the op puts its own refusal of a second derivative into the graph.
         dispatched = torch.is_grad_enabled() or needs_dispatcher(dout, dlse)
+        # PyTorch wants sizes, dtypes and devices back from hooks on saved tensors, so the problem is the same.
         run = torch.ops.flashtile.backward if dispatched else partial(run_backward, problem=ctx.problem)
         return (None, *gradients(ctx, run, dout, dlse, ctx.needs_input_grad[1:]))
 

@@ -44,7 +44,8 @@ def backward(
     dq, dk, dv = grads
     q, k, v = call.q, call.k, call.v
     variant = ("backward", bias_grad, dlse is not None)
-    launches = launch.Launches(problem, call, variant, (q, k, v, dout, dk, dv), (out, lse, dlse_or_lse, dq))
+    pointed = (out, lse, dq) if dlse is None else (out, lse, dq, dlse_or_lse)
+    launches = launch.Launches(problem, call, variant, (q, k, v, dout, dk, dv), pointed)
     if not launches.fit:
         q, k, v, dout = map(descriptors.aligned, (q, k, v, dout))
         dk, dv = map(descriptors.writable, (dk, dv))

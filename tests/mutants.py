@@ -151,11 +151,11 @@ def planted(mutant: Mutant, folder: Path) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for place in (compiler, {"forward": forward_pass, "backward": backward_pass}[mutant.mode]):
             patch.setattr(place, name, planted_kernel)
-        launch._ready.clear()
+        launch._kinds.clear()
         try:
             yield
         finally:
-            launch._ready.clear()
+            launch._kinds.clear()
 
 
 def _imported(mutant: Mutant, folder: Path) -> ModuleType:

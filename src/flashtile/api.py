@@ -18,6 +18,8 @@ from flashtile.validation import check_is_tensor, check_layout, check_out, check
 
 Window = Sequence[int | None] | Tensor
 
+_CAUSAL = masks.Causal()
+
 
 def attention(
     q: Tensor,
@@ -184,7 +186,7 @@ def combine(mask: masks.Mask | None, causal: bool, window: Window | None) -> mas
     if not isinstance(causal, bool):
         fail("causal", type(causal).__name__, "a bool", TypeError)
     if causal:
-        mask = masks.Causal() if mask is None else mask & masks.Causal()
+        mask = _CAUSAL if mask is None else mask & _CAUSAL
     if window is not None:
         band = masks.Window(*_sides(window))
         mask = band if mask is None else mask & band
@@ -252,6 +254,9 @@ def prepare(call: Call, mask: masks.Mask | None, scale: float | None, determinis
 
 
 def _lower(mask: masks.Mask, call: Call) -> masks.Lowered:
+    distances = mask.distances()
+    if distances is not None:
+        return masks.Lowered(*distances)
     if call.cu_seqlens_q is None or call.cu_seqlens_k is None:
         keys = call.q if call.k is None else call.k
         return masks.lower(mask, call.q.shape[1], keys.shape[1], call.q.device)

@@ -9,15 +9,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from flashtile.execution import run_backward, run_forward
-from flashtile.problem import Call
+from flashtile.execution import forward, run_backward
+from flashtile.problem import Call, unpack
+from flashtile.validation import describe
 
-DIFFERENTIABLE = 6  # the leading fields of Call that gradients are counted for: q, k, v, bias, alibi_slopes, sinks
+DIFFERENTIABLE: Final = (
+    6  # the leading fields of Call that gradients are counted for: q, k, v, bias, alibi_slopes, sinks
+)
 TENSORS = 11  # the leading fields of Call that are tensors
 REST = (None,) * (len(Call._fields) - DIFFERENTIABLE)
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -43,7 +47,14 @@ def gradients(
         return (None,) * DIFFERENTIABLE
     dout = torch.zeros_like(out) if dout is None else dout
     dq, dk, dv, dbias, dsinks = run(dout, dlse, out, lse, bool(wanted[3]), *tensors, *ctx.numbers)
-    return tuple(grad if want else None for grad, want in zip((dq, dk, dv, dbias, None, dsinks), wanted, strict=True))
+    return (
+        dq if wanted[0] else None,
+        dk if wanted[1] else None,
+        dv if wanted[2] else None,
+        dbias if wanted[3] else None,
+        None,
+        dsinks if wanted[5] else None,
+    )
 
 
 def refuse_second_derivative(ctx: Any, *grads: Tensor) -> None:
@@ -55,11 +66,20 @@ def refuse_second_derivative(ctx: Any, *grads: Tensor) -> None:
 
 def needs_dispatcher(*tensors: Tensor | None) -> bool:
     """True where somebody looks on: a compiler, a dispatch mode, or a tensor that is not a plain one."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or any(t is not None and (type(t) not in _PLAIN or t.is_meta) for t in tensors)
-    )
+    if torch.compiler.is_compiling():
+        return True
+    for tensor in tensors:  # a loop takes half the time of any(...)
+        if tensor is not None and (type(tensor) not in _PLAIN or tensor.is_meta):
+            return True
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
+def wants_gradients(*tensors: Tensor | None) -> bool:
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 def transformed() -> bool:
@@ -74,7 +94,9 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: Call, *differentiable: Tensor | None) -> tuple[Tensor, Tensor]:
-        output = run_forward(call)
+        unpacked = unpack(call)
+        ctx.problem = describe(unpacked)
+        output = forward(ctx.problem, unpacked)
         save(ctx, call, output)
         return output
 
@@ -82,8 +104,13 @@ class Attention(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         # With create_graph the op puts its own refusal of a second derivative into the graph.
         dispatched = torch.is_grad_enabled() or needs_dispatcher(dout, dlse)
-        run = torch.ops.flashtile.backward if dispatched else run_backward
+        # PyTorch wants sizes, dtypes and devices back from hooks on saved tensors, so the problem is the same.
+        run = torch.ops.flashtile.backward if dispatched else partial(run_backward, problem=ctx.problem)
         return (None, *gradients(ctx, run, dout, dlse, ctx.needs_input_grad[1:]))
+
+
+# Python's `Attention.apply` first looks for the transforms of torch.func, which `transformed` has found to be away.
+attend: Callable[..., tuple[Tensor, Tensor]] = super(torch.autograd.Function, Attention).apply
 
 
 class Transformed(torch.autograd.Function):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flashtile.dispatch import choose, load
 from flashtile.merge import sink_gradient
-from flashtile.problem import Call, Problem, unpack
+from flashtile.problem import Call, Problem, separate, unpack
 from flashtile.validation import check_cu_seqlens_values, describe
 
 Gradients = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -19,7 +19,11 @@ Gradients = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | 
 def run_forward(call: Call, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(out, lse) of a call whose tensors are plain ones with memory."""
     call = unpack(call)
-    problem = describe(call)
+    return forward(describe(call), call, out)
+
+
+def forward(problem: Problem, call: Call, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(out, lse) of an unpacked call that was found to be in order."""
     if call.cu_seqlens_q is not None and call.cu_seqlens_k is not None and problem.device == "cpu":
         check_cu_seqlens_values("cu_seqlens_q", call.cu_seqlens_q, problem.total_q, problem.q_len)
         check_cu_seqlens_values("cu_seqlens_k", call.cu_seqlens_k, problem.total_k, problem.k_len)
@@ -30,14 +34,23 @@ def run_forward(call: Call, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
 
 
 def run_backward(
-    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, bias_grad: bool, *fields: Any
+    dout: Tensor,
+    dlse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    bias_grad: bool,
+    *fields: Any,
+    problem: Problem | None = None,
 ) -> Gradients:
-    """Gradients of q, k, v (packed as the inputs were), bias and sinks; None for what the call does not have."""
-    packed = Call(*fields)
-    grads = empty_gradients(packed)
-    call = unpack(packed)
-    views = unpack(call._replace(q=grads[0], k=grads[1], v=grads[2]))
-    dbias, dsinks = write_gradients(dout, dlse, out, lse, bias_grad, call, (views.q, views.k, views.v))
+    """Gradients of q, k, v (packed as the inputs were), bias and sinks; None for what the call does not have.
+
+    problem: the call's, where it is known.
+    """
+    call = Call(*fields)
+    grads = empty_gradients(call)
+    call, dqkv = unpack(call), separate(*grads)
+    problem = describe(call) if problem is None else problem
+    dbias, dsinks = backward(problem, call, out, lse, dout, dlse, dqkv, bias_grad)
     return (*grads, dbias, dsinks)
 
 
@@ -51,7 +64,20 @@ def write_gradients(
     dqkv: tuple[Tensor, Tensor, Tensor],
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dbias, dsinks) of an unpacked call; the gradients of q, k and v are written into dqkv, of any strides."""
-    problem = describe(call)
+    return backward(describe(call), call, out, lse, dout, dlse, dqkv, bias_grad)
+
+
+def backward(
+    problem: Problem,
+    call: Call,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    dqkv: tuple[Tensor, Tensor, Tensor],
+    bias_grad: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The same where the problem is known."""
     if problem.empty:
         return _backward_of_nothing(call, lse, dlse, dqkv, bias_grad)
     return load(choose(problem, call.backend)).backward(problem, call, out, lse, dout, dlse, dqkv, bias_grad)
@@ -59,15 +85,17 @@ def write_gradients(
 
 def empty_gradients(call: Call) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Memory for the gradients of q, k and v in the inputs' own packing and layout."""
-    dq, dk, dv = (None if t is None else torch.empty_like(t) for t in call[:3])
-    return dq, dk, dv  # type: ignore[return-value]
+    _, k, v = call[:3]
+    dk = None if k is None else torch.empty_like(k)
+    return torch.empty_like(call.q), dk, None if v is None else torch.empty_like(v)
 
 
 def empty_out(q: Tensor, problem: Problem) -> Tensor:
     """Memory for the result, its dimensions in q's own order (head_dim innermost), as PyTorch's attention has it."""
-    shape, (*strides, innermost) = problem.out_shape, q.stride()
-    if innermost == 1 and shape == q.shape:
+    *strides, innermost = q.stride()
+    if innermost == 1 and problem.v_dim == problem.qk_dim:
         return torch.empty_like(q)
+    shape = problem.out_shape
     if all(outer >= inner for outer, inner in pairwise(strides)):
         return q.new_empty(shape)
     order = sorted(range(len(strides)), key=lambda axis: strides[axis], reverse=True)

@@ -16,13 +16,14 @@ from flashtile import flops
 from flashtile.autograd import (
     DIFFERENTIABLE,
     REST,
-    Attention,
     Transformed,
+    attend,
     gradients,
     needs_dispatcher,
     refuse_second_derivative,
     save,
     transformed,
+    wants_gradients,
 )
 from flashtile.dispatch import requested_backend
 from flashtile.execution import empty_gradients, empty_out, run_backward, run_forward
@@ -51,10 +52,11 @@ def attention(call: Call, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
         # Settled here, so that the backward, perhaps in another thread, takes the same backend.
         requested = requested_backend()
         call = call if requested is None else call._replace(backend=requested)
-    if needs_dispatcher(*call[:6]) or transformed():
+    differentiable = call[:DIFFERENTIABLE]
+    if needs_dispatcher(*differentiable) or transformed():
         return _dispatched(call, out)
-    if out is None and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in call[:6]):
-        return Attention.apply(call, *call[:DIFFERENTIABLE])  # type: ignore[no-untyped-call]
+    if out is None and wants_gradients(*differentiable):
+        return attend(call, *differentiable)
     return run_forward(call, out)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -99,24 +100,30 @@ class Problem:
         """Query heads that share one key-value head."""
         return self.q_heads // self.kv_heads
 
-    @property
+    @cached_property
+    def bare(self) -> bool:
+        """True where a call has no tensors beside q, k and v."""
+        extras = (self.alibi, self.bias, self.sinks, self.varlen, self.table, self.dropout_p)
+        return not any(extras)
+
+    @cached_property
     def empty(self) -> bool:
         """True where there is no output element or no key at all."""
         queries, keys = (self.total_q, self.total_k) if self.varlen else (self.q_len, self.k_len)
         return self.batch * queries * self.q_heads * keys == 0
 
-    @property
+    @cached_property
     def out_shape(self) -> tuple[int, ...]:
         rows = (self.total_q,) if self.varlen else (self.batch, self.q_len)
         return (*rows, self.q_heads, self.v_dim)
 
-    @property
+    @cached_property
     def lse_shape(self) -> tuple[int, ...]:
         if self.varlen:
             return (self.q_heads, self.total_q)
         return (self.batch, self.q_heads, self.q_len)
 
-    @property
+    @cached_property
     def lse_dtype(self) -> torch.dtype:
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
@@ -152,14 +159,19 @@ def _window_text(left: int | None, right: int | None) -> str:
 
 def unpack(call: Call) -> Call:
     """The call with q, k and v as separate views of packed inputs."""
-    q, k, v = call.q, call.k, call.v
+    if call.v is not None:
+        return call
+    q, k, v = separate(*call[:3])
+    return call._replace(q=q, k=k, v=v)
+
+
+def separate(q: Tensor, k: Tensor | None, v: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v, or their gradients, as separate views of packed ones."""
     if k is None:
         q, k, v = q.unbind(-3)
     elif v is None:
         k, v = k.unbind(-3)
-    else:
-        return call
-    return call._replace(q=q, k=k, v=v)
+    return q, k, v
 
 
 def default_scale(qk_dim: int) -> float:

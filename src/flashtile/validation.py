@@ -40,7 +40,12 @@ def describe(call: Call) -> Problem:
 
 
 def _metadata(call: Call) -> tuple[object, ...]:
-    return (*[t if t is None else (t.shape, t.dtype, t.device) for t in call[:11]], *call[11:])
+    q, k, v = call.q, call.k, call.v
+    return (  # flat where every call has something
+        *(q.shape, q.dtype, q.device, k.shape, k.dtype, k.device, v.shape, v.dtype, v.device),
+        *[t if t is None else (t.shape, t.dtype, t.device) for t in call[3:11]],
+        *call[11:],
+    )
 
 
 def check(call: Call) -> Problem:
@@ -112,9 +117,10 @@ def _check_tensors(call: Call) -> None:
 
 def check_layout(call: Call) -> None:
     """q, k and v are tensors of the right rank; packed forms (problem.Call) hold three or two along dimension -3."""
-    varlen = call.cu_seqlens_q is not None
-    rank, rows = (3, "total") if varlen else (4, "batch, seqlen")
     q, k, v = call[:3]
+    rank, rows = (4, "batch, seqlen") if call.cu_seqlens_q is None else (3, "total")
+    if _plain(q, rank) and _plain(k, rank) and _plain(v, rank):
+        return
     for name, value, parts in (
         ("q", q, 3 if k is None else 1),
         ("k", k, 1 if v is not None else 2 if k is not None else 0),
@@ -127,6 +133,11 @@ def check_layout(call: Call) -> None:
         if value.ndim != rank + packed or (packed and value.shape[-3] != parts):
             layout = f"({rows}, {f'{parts}, ' if packed else ''}heads, head_dim)"
             fail(name, f"{value.ndim} dimensions {tuple(value.shape)}", f"{rank + packed}: {layout}")
+
+
+def _plain(tensor: Any, rank: int) -> bool:
+    """What most are; `check_layout` takes its time over the others."""
+    return type(tensor) is Tensor and tensor.layout is torch.strided and tensor.ndim == rank
 
 
 def _lengths(call: Call, varlen: bool) -> tuple[int, int, int]:
@@ -201,14 +212,22 @@ def check_types(call: Call, scale: float, deterministic: bool) -> tuple[float, f
 
     Here and not in `check`, whose answers are kept for equal calls: to Python, 1, 1.0 and True are equal.
     """
-    for name, value in zip(_OPTIONAL, call[3:8], strict=True):
-        if value is not None:
-            check_is_tensor(name, value)
-    if call.alibi_slopes is not None and call.alibi_slopes.requires_grad:
-        fail("alibi_slopes", "a tensor that requires grad", "one that does not; give learned slopes as a bias")
+    _, _, _, bias, slopes, sinks, cu_seqlens_q, cu_seqlens_k = call[:8]
+    if bias is not None:
+        check_is_tensor("bias", bias)
+    if slopes is not None:
+        check_is_tensor("alibi_slopes", slopes)
+        if slopes.requires_grad:
+            fail("alibi_slopes", "a tensor that requires grad", "one that does not; give learned slopes as a bias")
+    if sinks is not None:
+        check_is_tensor("sinks", sinks)
+    if cu_seqlens_q is not None:
+        check_is_tensor("cu_seqlens_q", cu_seqlens_q)
+    if cu_seqlens_k is not None:
+        check_is_tensor("cu_seqlens_k", cu_seqlens_k)
     if not isinstance(deterministic, bool):
         fail("deterministic", type(deterministic).__name__, "a bool or None", TypeError)
-    if call.cu_seqlens_q is not None:
+    if cu_seqlens_q is not None:
         varlen_lengths(call)
     return _number("scale", scale), _number("softcap", call.softcap), _number("dropout_p", call.dropout_p)
 

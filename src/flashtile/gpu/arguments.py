@@ -24,9 +24,12 @@ RUNTIME = [
 _L2_BYTES = 25 * 2**20
 
 
+EXTRAS = 9  # tensors that every kernel takes beside its own
+
+
 def extras(call: Call) -> tuple[Tensor, ...]:
     """bias, slopes, sinks, cu_q, cu_k, lo, hi, rng, mailbox; q stands in for the absent ones, which nobody reads."""
-    return tuple(call.q if tensor is None else tensor for tensor in (*call[3:11], mailbox_of(call)))
+    return (*[call.q if tensor is None else tensor for tensor in (*call[3:11], mailbox_of(call))],)
 
 
 def mailbox_of(call: Call) -> Tensor | None:
@@ -157,9 +160,11 @@ def features(problem: Problem) -> dict[str, Any]:
 
 def in_order(call: Call) -> Call:
     """The call with slopes, sinks and cu_seqlens as kernels read them: one number behind the other in memory."""
-    strided = {
-        name: tensor.contiguous()
-        for name in ("alibi_slopes", "sinks", "cu_seqlens_q", "cu_seqlens_k")
-        if (tensor := getattr(call, name)) is not None and not tensor.is_contiguous()
-    }
-    return call._replace(**strided) if strided else call
+    for tensor in (call.alibi_slopes, call.sinks, call.cu_seqlens_q, call.cu_seqlens_k):
+        if tensor is not None and not tensor.is_contiguous():
+            break
+    else:
+        return call
+    names = ("alibi_slopes", "sinks", "cu_seqlens_q", "cu_seqlens_k")
+    tensors = {name: getattr(call, name) for name in names}
+    return call._replace(**{name: t.contiguous() for name, t in tensors.items() if t is not None})

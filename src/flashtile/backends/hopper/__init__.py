@@ -6,6 +6,9 @@ Triton is imported by the first forward or backward, not by importing this packa
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,15 +33,18 @@ def supports(problem: Problem) -> str | None:
     return None
 
 
+class _Passes(NamedTuple):
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+
+
 def forward(problem: Problem, call: Call, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(out, lse); see docs/design.md, the backend contract.
 
     Raises ValueError where an earlier call's kernel on this device met bad cu_seqlens contents.
     """
-    from flashtile.backends.hopper.forward_pass import forward as run
-
     mailbox.raise_if_set(call.q.device.index)
-    return run(problem, arguments.in_order(call), out)
+    return _on_its_device(_passes().forward, problem, arguments.in_order(call), out)
 
 
 def backward(
@@ -52,6 +58,22 @@ def backward(
     bias_grad: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Writes grads = (dq, dk, dv) and returns (dbias, dsinks); see docs/design.md, the backend contract."""
-    from flashtile.backends.hopper.backward_pass import backward as run
+    run = _passes().backward
+    return _on_its_device(run, problem, arguments.in_order(call), out, lse, dout, dlse, grads, bias_grad)
 
-    return run(problem, arguments.in_order(call), out, lse, dout, dlse, grads, bias_grad)
+
+@lru_cache
+def _passes() -> _Passes:
+    """Imported late, because they import Triton, and once, because an import statement takes its time too."""
+    from flashtile.backends.hopper import backward_pass, forward_pass
+
+    return _Passes(forward_pass.forward, backward_pass.backward)
+
+
+def _on_its_device(run: Callable[..., Any], problem: Problem, call: Call, *rest: Any) -> Any:
+    """run(problem, call, ...) while the call's device is the current one, on which kernels are launched."""
+    device = call.q.device
+    if device.index == torch._C._cuda_getDevice():
+        return run(problem, call, *rest)
+    with torch.cuda.device(device):
+        return run(problem, call, *rest)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -74,15 +71,13 @@ def epilogue_kernel(
     tl.store(pointers, x.to(dq.dtype.element_ty), mask=(row < q_len)[:, None] & (column < DIM)[None, :])
 
 
-def run(problem: Problem, call: Call, tensors: tuple[Tensor, ...]) -> None:
+def run(launches: launch.Launches, problem: Problem, call: Call, tensors: tuple[Tensor, ...]) -> None:
     """tensors: dq's accumulator, dq, dk, dv."""
-    launch.run(epilogue_kernel, problem, call, (), tensors, partial(prepare, tensors=tensors), ())
+    launches.run(epilogue_kernel, (), tensors, lambda: prepare(problem, call, tensors))
 
 
-def prepare(
-    problem: Problem, call: Call, boxed: tuple[Tensor, ...], variant: tuple[Any, ...], tensors: tuple[Tensor, ...]
-) -> launch.Plan:
-    """The launch of a problem; boxed and variant are empty."""
+def prepare(problem: Problem, call: Call, tensors: tuple[Tensor, ...]) -> launch.Plan:
+    """The launch of a problem."""
     _, dq, dk, dv = tensors
     block_m = backward_configs.pick(problem).block_m
     tiles = max(1, triton.cdiv(problem.q_len, block_m))  # one, so that rows of no sequence are cleared

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -41,46 +41,70 @@ def backward(
     if problem.dropout_p == 1.0:  # all weights are dropped: out has no gradient, lse has the one without dropout
         problem, dout = replace(problem, dropout_p=0.0), torch.zeros_like(dout)
     call = arguments.with_dense_bias(call)
-    q, k, v, dout = (descriptors.aligned(tensor) for tensor in (call.q, call.k, call.v, dout))
+    dlse_or_lse = lse if dlse is None else dlse.contiguous()
+    dq, dk, dv = grads
+    q, k, v = call.q, call.k, call.v
+    variant = ("backward", bias_grad, dlse is not None)
+    pointed = (out, lse, dq) if dlse is None else (out, lse, dq, dlse_or_lse)
+    launches = launch.Launches(problem, call, variant, (q, k, v, dout, dk, dv), pointed)
+    if not launches.fit:
+        q, k, v, dout = map(descriptors.aligned, (q, k, v, dout))
+        dk, dv = map(descriptors.writable, (dk, dv))
     kind = bias_gradient.kind(problem) if bias_grad else "none"
     each, dbias = bias_memory(problem, call, kind)
-    rows = torch.empty(2, arguments.scratch_rows(problem), dtype=torch.float32, device=q.device)
-    columns, _ = backward_configs.widths(problem)
-    accumulated = torch.empty(rows.shape[1] * columns // 256, 256, dtype=torch.float32, device=q.device)
-    sums = rows
-    if problem.sinks:
-        shape = (problem.batch, problem.q_heads, backward_prologue.tiles(problem))
-        sums = torch.empty(shape, dtype=torch.float32, device=q.device)
-    dlse_or_lse = lse if dlse is None else dlse.contiguous()
+    rows, accumulated, counters, sums = _scratch(problem, lse)
     dbias_or_rows = rows if dbias is None else dbias
-    counters = torch.empty(rows.shape[1] // 64 if problem.deterministic else 0, dtype=torch.int32, device=q.device)
     before = (out, dout, lse, dlse_or_lse, rows, accumulated, counters, dbias_or_rows, sums)
-    backward_prologue.run(problem, call, before, kind, dlse is not None)
+    backward_prologue.run(launches, problem, call, before, kind, dlse is not None)
 
-    dkv = grads[1:]
-    dk, dv = (grad if descriptors.fits(grad) else descriptors.aligned_like(grad) for grad in dkv)
     first_rows, end_rows = (
         (q, q) if call.lo is None or call.hi is None else rows_seeing(call.lo, call.hi, problem.k_len)
     )
-    tensors = (first_rows, end_rows, dbias_or_rows, counters)
     matrices = bias_boxes(problem, call, dbias if kind in ("tile", "summed") else None)
     if each and dbias is not None and (matrices[1] is None or dbias.dtype == torch.float32):
         dbias.zero_()  # pairs that no row sees are not visited
-    boxed = (q, k, v, dout, rows, accumulated, dk, dv, *(q if matrix is None else matrix for matrix in matrices))
+    boxed = (q, k, v, dout, rows, accumulated, dk, dv, *[q if matrix is None else matrix for matrix in matrices])
     stride_tb = first_rows.stride(0) if problem.table and first_rows.shape[0] > 1 else 0
-    variant = ("tile" if each else kind, stride_tb, *(matrix is not None for matrix in matrices))
-    launch.run(backward_kernel, problem, call, boxed, tensors, prepare, variant)
+    ways = ("tile" if each else kind, stride_tb, matrices[0] is not None, matrices[1] is not None)
+    tensors = (first_rows, end_rows, dbias_or_rows, counters)
+    launches.run(backward_kernel, boxed, tensors, lambda: prepare(problem, call, boxed, ways))
 
-    for grad, written in zip(dkv, (dk, dv), strict=True):
-        if written is not grad:
-            grad.copy_(written)
-    backward_epilogue.run(problem, call, (accumulated, *grads))
+    backward_epilogue.run(launches, problem, call, (accumulated, dq, dk, dv))
+    if not launches.fit:
+        _copy_back(grads, (dq, dk, dv))
     if dbias is not None:
         dbias = bias_gradient.finish_sums(problem, call, kind, dbias)
         if matrices[1] is not None and problem.dropout_p > 0:  # what is kept is scaled once, at the end
             dbias.mul_(1.0 / (1.0 - problem.dropout_p))
     dsinks = None if call.sinks is None else sums.sum((0, 2)).to(call.sinks.dtype)
     return dbias, dsinks
+
+
+def _scratch(problem: Problem, lse: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Memory between the kernels: two numbers of each row, dq's accumulator, counters and sums of dsinks, the last
+    two only where they are needed.
+    """
+    number, columns = _scratch_rows(problem)
+    rows = lse.new_empty(2, number)
+    accumulated = lse.new_empty(number * columns // 256, 256)
+    counters = sums = rows
+    if problem.deterministic:
+        counters = lse.new_empty(number // 64, dtype=torch.int32)
+    if problem.sinks:
+        sums = lse.new_empty(problem.batch, problem.q_heads, backward_prologue.tiles(problem))
+    return rows, accumulated, counters, sums
+
+
+@lru_cache(maxsize=4096)  # asked on every call
+def _scratch_rows(problem: Problem) -> tuple[int, int]:
+    """(Rows of scratch memory, columns of each in dq's accumulator)."""
+    return arguments.scratch_rows(problem), backward_configs.widths(problem)[0]
+
+
+def _copy_back(grads: tuple[Tensor, ...], written: tuple[Tensor, ...]) -> None:
+    for grad, memory in zip(grads, written, strict=True):
+        if memory is not grad:
+            grad.copy_(memory)
 
 
 def bias_memory(problem: Problem, call: Call, kind: str) -> tuple[bool, Tensor | None]:
@@ -103,7 +127,7 @@ def bias_memory(problem: Problem, call: Call, kind: str) -> tuple[bool, Tensor |
 
 def bias_boxes(problem: Problem, call: Call, dbias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """The bias and its gradient as matrices, each None where it does not come or go by TMA."""
-    if problem.varlen:  # tiles at a sequence's end hold more rows and keys than it has
+    if call.bias is None or problem.varlen:  # tiles at a sequence's end hold more rows and keys than it has
         return None, None
     bias = bias_tiles.matrices(problem, call)
     if max(problem.qk_dim, problem.v_dim) > 128:  # no shared memory is left

@@ -8,7 +8,6 @@ row need no more than this, and are made here too.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import triton
@@ -81,10 +80,11 @@ def prologue_kernel(
     tl.store(accumulated + scratch_at.to(tl.int64) * D + tl.arange(0, ROWS * D), zeros)
 
 
-def run(problem: Problem, call: Call, tensors: tuple[Tensor, ...], kind: str, dlse: bool) -> None:
+def run(
+    launches: launch.Launches, problem: Problem, call: Call, tensors: tuple[Tensor, ...], kind: str, dlse: bool
+) -> None:
     """tensors: out, dout, lse, dlse, rows, dq's accumulator, counters, dbias, dsinks, stand-ins for absent ones."""
-    make = partial(prepare, tensors=tensors)
-    launch.run(prologue_kernel, problem, call, (), tensors, make, (kind, dlse))
+    launches.run(prologue_kernel, (), tensors, lambda: prepare(problem, call, (kind, dlse), tensors))
 
 
 def tiles(problem: Problem) -> int:
@@ -92,13 +92,8 @@ def tiles(problem: Problem) -> int:
     return 128 // ROWS * max(1, triton.cdiv(problem.q_len, 128))
 
 
-def prepare(
-    problem: Problem,
-    call: Call,
-    boxed: tuple[Tensor, ...],
-    variant: tuple[Any, ...],
-    tensors: tuple[Tensor, ...],
-) -> launch.Plan:
+def prepare(problem: Problem, call: Call, variant: tuple[Any, ...], tensors: tuple[Tensor, ...]) -> launch.Plan:
+    """The launch of a problem; variant: the kind of dbias, and whether there is a dlse."""
     out, dout = tensors[:2]
     kind, dlse = variant
     programs = problem.batch * problem.q_heads

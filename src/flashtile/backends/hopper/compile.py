@@ -70,11 +70,11 @@ def _launch(name: str, problem: Problem) -> _Launch:
     counters = lse.new_empty(rows.shape[1] // 64, dtype=torch.int32)
     if name == "prologue":
         tensors: tuple[Tensor, ...] = (out, out, lse, lse, rows, accumulated, counters, dbias, rows)
-        plan = backward_prologue.prepare(problem, call, (), (kind, False), tensors)
+        plan = backward_prologue.prepare(problem, call, (kind, False), tensors)
         return _Launch(backward_prologue.prologue_kernel, (), (*tensors, *extras), plan)
     if name == "epilogue":
         tensors = (accumulated, q, k, v)
-        plan = backward_epilogue.prepare(problem, call, (), (), tensors)
+        plan = backward_epilogue.prepare(problem, call, tensors)
         return _Launch(backward_epilogue.epilogue_kernel, (), (*tensors, *extras), plan)
     bias, boxes = backward_pass.bias_boxes(problem, call, dbias if kind in ("tile", "summed") else None)
     boxed = (q, k, v, out, rows, accumulated, k, v, q if bias is None else bias, q if boxes is None else boxes)

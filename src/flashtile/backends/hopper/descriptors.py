@@ -17,7 +17,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from flashtile.backends.hopper.dialect import load, reinterpret, store
 
-__all__ = ["aligned", "aligned_like", "fits", "load_rows", "rows", "steps", "store_rows", "swizzled"]
+__all__ = ["aligned", "aligned_like", "fits", "load_rows", "rows", "steps", "store_rows", "swizzled", "writable"]
 
 _BYTES = 16  # what TMA wants addresses and strides to be multiples of
 _ENDLESS = 0x7FFF0000
@@ -63,12 +63,17 @@ def aligned_like(tensor: Tensor) -> Tensor:
     return torch.empty((*tensor.shape[:-1], padded), dtype=tensor.dtype, device=tensor.device)[..., :dim]
 
 
+def writable(tensor: Tensor) -> Tensor:
+    """The tensor itself where TMA can address it, else uninitialised memory in its place."""
+    return tensor if fits(tensor) else aligned_like(tensor)
+
+
 def fits(tensor: Tensor) -> bool:
     """True where TMA can address the tensor."""
     return tensor.data_ptr() % _BYTES == 0 and _steps_fit(tensor.shape, tensor.stride(), tensor.element_size())
 
 
-@lru_cache(maxsize=4096)  # asked for every tensor of every call
+@lru_cache(maxsize=4096)  # asked for the bias of every call
 def _steps_fit(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> bool:
     if strides[-1] != 1 and shape[-1] > 1:
         return False

@@ -22,16 +22,20 @@ _WIDE_SECTION_BYTES = 25 * 2**20
 
 def forward(problem: Problem, call: Call, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(out, lse) of an unpacked call."""
-    q, k, v = (descriptors.aligned(tensor) for tensor in (call.q, call.k, call.v))
     if out is None:
-        out = torch.empty(problem.out_shape, dtype=q.dtype, device=q.device)
-    written = out if descriptors.fits(out) else descriptors.aligned_like(out)
-    lse = torch.empty(problem.lse_shape, dtype=torch.float32, device=q.device)
+        out = torch.empty(problem.out_shape, dtype=call.q.dtype, device=call.q.device)
+    lse = torch.empty(problem.lse_shape, dtype=torch.float32, device=call.q.device)
     call = arguments.with_dense_bias(call)
+    q, k, v, written = call.q, call.k, call.v, out
+    launches = launch.Launches(problem, call, ("forward",), (q, k, v, out))
+    if not launches.fit:
+        q, k, v = map(descriptors.aligned, (q, k, v))
+        written = descriptors.writable(out)
     counter = lse.new_zeros(1, dtype=torch.int32) if problem.varlen else lse
     bias = bias_by_tma(problem, call)
+    variant = (bias is not None,)
     boxed = (q, k, v, written, q if bias is None else bias)
-    launch.run(forward_kernel, problem, call, boxed, (written, lse, counter), prepare, (bias is not None,))
+    launches.run(forward_kernel, boxed, (written, lse, counter), lambda: prepare(problem, call, boxed, variant))
     if written is not out:
         out.copy_(written)
     return out, lse
@@ -39,7 +43,9 @@ def forward(problem: Problem, call: Call, out: Tensor | None = None) -> tuple[Te
 
 def bias_by_tma(problem: Problem, call: Call) -> Tensor | None:
     """The bias as (batch, heads, q_len, k_len), None without one, where TMA cannot load it or registers are few."""
-    return bias_tiles.matrices(problem, call) if configs.weight(problem) <= configs.MOST_WITH_BIAS_TILES else None
+    if call.bias is None or configs.weight(problem) > configs.MOST_WITH_BIAS_TILES:
+        return None
+    return bias_tiles.matrices(problem, call)
 
 
 def _diagonal(problem: Problem) -> int:

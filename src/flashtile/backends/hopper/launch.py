@@ -1,25 +1,28 @@
-"""From a problem to a launch of a Gluon kernel: arguments by name, and caches that make a repeated call cheap.
+"""From a problem to launches of Gluon kernels: arguments by name, and caches that make a repeated call cheap.
 
 A kernel's arguments are its descriptors, its other tensors, the call's extras (flashtile.gpu.arguments) and numbers.
-All but the addresses is a function of the problem, the strides and the alignment, and worked out once; the tensor maps
-of the descriptors hold addresses, and are kept for as many addresses as a training step may meet.
+All but the addresses is a function of the problem, the strides and the alignment, and worked out once for the whole of
+a forward or backward; the tensor maps of the descriptors hold addresses, and are kept for as many addresses as a
+training step may meet.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-import triton
 from torch import Tensor
 
-from flashtile.backends.hopper import dialect
+from flashtile.backends.hopper import descriptors, dialect
 from flashtile.gpu import arguments
 from flashtile.problem import Call, Problem
 
-_READY_LIMIT = 4096
+_Key = TypeVar("_Key")
+_Value = TypeVar("_Value")
+
+_KIND_LIMIT = 4096
 _MAP_LIMIT = 512
 
 
@@ -36,55 +39,100 @@ class Plan(NamedTuple):
 
 
 class _Ready(NamedTuple):
-    run: Callable[..., None]
-    function: Any
-    metadata: Any
+    """A kernel that was launched before.
+
+    maps: for each descriptor what it expands to, by the tensor's address; expanded: all of them, by all addresses.
+    """
+
+    launch: Callable[[int, tuple[Any, ...]], None]
     boxes: list[dict[str, Any]]
     maps: list[dict[int, tuple[Any, ...]]]
-    plan: Plan
-    tail: tuple[Any, ...]
+    expanded: dict[tuple[int, ...], tuple[Any, ...]]
+    describe: Callable[[tuple[Tensor, ...]], tuple[Any, ...]]
+    numbers: tuple[Any, ...]
 
 
-_ready: dict[tuple[Any, ...], _Ready] = {}
+class _Kind(NamedTuple):
+    """What passes share that differ in nothing but addresses."""
+
+    fit: bool
+    ready: dict[int, _Ready]
 
 
-def run(
-    kernel: Any,
-    problem: Problem,
-    call: Call,
-    boxed: tuple[Tensor, ...],
-    tensors: tuple[Tensor, ...],
-    prepare: Callable[[Problem, Call, tuple[Tensor, ...], tuple[object, ...]], Plan],
-    variant: tuple[object, ...] = (),
-) -> None:
-    """Launches `kernel` on descriptors of `boxed`, on `tensors` and on the call's extras.
+_kinds: dict[tuple[Any, ...], _Kind] = {}
 
-    prepare: makes the plan for a call of a new kind; variant: what it needs to know beyond the problem, the call
-    and the strides of `boxed`.
+
+class Launches:
+    """The launches of one pass over a call, on the current device and stream.
+
+    fit: whether TMA can address all of `boxed` as they are.
     """
-    address = call.q.data_ptr()
-    steps = [tensor.stride() for tensor in boxed]
-    addresses = []
-    combined = 0
-    for tensor in (*tensors, *call[3:11], arguments.mailbox_of(call)):
-        if tensor is None:
-            addresses.append(address)
+
+    __slots__ = ("_call", "_extras", "_ready", "_stream", "fit")
+
+    def __init__(
+        self,
+        problem: Problem,
+        call: Call,
+        variant: tuple[object, ...],
+        boxed: tuple[Tensor, ...],
+        pointed: tuple[Tensor, ...] = (),
+    ) -> None:
+        """variant: names the pass, and whatever else its plans depend on beside the problem and the tensors.
+
+        boxed: the call's own tensors that kernels read and write by TMA; pointed: those that they address otherwise.
+        """
+        tensors = boxed + pointed
+        addresses = [tensor.data_ptr() for tensor in tensors]
+        steps = [tensor.stride() for tensor in tensors]
+        device = call.q.device.index
+        if problem.bare:
+            self._extras = [addresses[0]] * arguments.EXTRAS
+            others = None
         else:
-            addresses.append(tensor.data_ptr())
-            combined |= addresses[-1]
-            steps.append(tensor.stride())
-    alignment = combined & 15 and tuple(value & 15 == 0 for value in addresses)
-    device = call.q.device.index
-    tables = 0 if call.lo is None else call.lo.shape[0]
-    key = (id(kernel), problem, variant, device, alignment, tables, *steps)
-    ready = _ready.get(key)
-    if ready is None:
-        _launch_first(kernel, key, prepare(problem, call, boxed, variant), boxed, (*tensors, *arguments.extras(call)))
-    elif device == torch.cuda.current_device():
-        _launch_again(ready, device, boxed, addresses)
-    else:
-        with torch.cuda.device(device):
-            _launch_again(ready, device, boxed, addresses)
+            self._extras = [tensor.data_ptr() for tensor in arguments.extras(call)]
+            addresses += self._extras
+            others = (*[None if t is None else (t.dtype, t.shape, t.stride()) for t in call[3:11]],)
+        key = (problem, device, variant, _alignment(addresses), others, *steps)
+        kind: _Kind | None = _kinds.get(key)
+        if kind is None:
+            kind = _keep(_kinds, key, _Kind(all(map(descriptors.fits, boxed)), {}), _KIND_LIMIT)
+        self.fit, self._ready = kind.fit, kind.ready
+        self._call = call
+        self._stream = torch._C._cuda_getCurrentRawStream(device)
+
+    def run(
+        self, kernel: Any, boxed: tuple[Tensor, ...], tensors: tuple[Tensor, ...], prepare: Callable[[], Plan]
+    ) -> None:
+        """Launches `kernel` on descriptors of `boxed`, on `tensors` and on the call's extras.
+
+        prepare: makes the plan for a call of a new kind.
+        """
+        ready = self._ready.get(id(kernel))
+        if ready is None:
+            self._ready[id(kernel)] = _launch_first(kernel, prepare(), boxed, (*tensors, *arguments.extras(self._call)))
+            return
+        places = (*[tensor.data_ptr() for tensor in boxed],)
+        expanded = ready.expanded.get(places)
+        if expanded is None:
+            expanded = _expand(ready, boxed, places)
+        addresses = [tensor.data_ptr() for tensor in tensors]
+        ready.launch(self._stream, (*expanded, *addresses, *self._extras, *ready.numbers))
+
+
+def _alignment(addresses: list[int]) -> int | tuple[bool, ...]:
+    """Which addresses are multiples of 16 bytes, 0 where all are: Triton makes another binary for those."""
+    combined = 0
+    for address in addresses:
+        combined |= address
+    return combined & 15 and tuple(address & 15 == 0 for address in addresses)
+
+
+def _keep(cache: dict[_Key, _Value], key: _Key, value: _Value, limit: int = _MAP_LIMIT) -> _Value:
+    if len(cache) >= limit:
+        cache.clear()
+    cache[key] = value
+    return value
 
 
 @lru_cache
@@ -93,51 +141,31 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
-def _launch_again(ready: _Ready, device: int, boxed: tuple[Tensor, ...], addresses: list[int]) -> None:
+def _expand(ready: _Ready, boxed: tuple[Tensor, ...], places: tuple[int, ...]) -> tuple[Any, ...]:
+    """The descriptors as a bare launch takes them, kept for the next call with these addresses."""
     expanded: list[Any] = []
-    for index, (tensor, maps) in enumerate(zip(boxed, ready.maps, strict=True)):
-        descriptor = maps.get(tensor.data_ptr())
-        expanded += _encode(ready, boxed, index) if descriptor is None else descriptor
-    stream = triton.runtime.driver.active.get_current_stream(device)
-    ready.run(
-        ready.plan.programs, 1, 1, stream, ready.function, ready.metadata, None, None, None,
-        *expanded, *addresses, *ready.tail,
-    )  # fmt: skip
+    for index, (maps, place) in enumerate(zip(ready.maps, places, strict=True)):
+        expanded += maps.get(place) or _keep(maps, place, _encode(ready, boxed, index))
+    return _keep(ready.expanded, places, tuple(expanded))
 
 
 def _encode(ready: _Ready, boxed: tuple[Tensor, ...], index: int) -> tuple[Any, ...]:
-    """The index-th descriptor as a bare launch takes it, kept for the next call with that address."""
-    maps = ready.maps[index]
-    if len(maps) >= _MAP_LIMIT:
-        maps.clear()
-    descriptor = ready.plan.describe(boxed)[index]
-    encoded = (
-        dialect.encode_descriptor(descriptor, ready.boxes[index]),
-        *descriptor.shape,
-        *descriptor.strides,
-    )
-    maps[boxed[index].data_ptr()] = encoded
-    return encoded
+    descriptor = ready.describe(boxed)[index]
+    return dialect.encode_descriptor(descriptor, ready.boxes[index]), *descriptor.shape, *descriptor.strides
 
 
-def _launch_first(
-    kernel: Any, key: tuple[Any, ...], plan: Plan, boxed: tuple[Tensor, ...], tensors: tuple[Tensor, ...]
-) -> None:
+def _launch_first(kernel: Any, plan: Plan, boxed: tuple[Tensor, ...], tensors: tuple[Tensor, ...]) -> _Ready:
     """Through Triton's own launch, which compiles; then keep what a repeated launch needs."""
     names = kernel.arg_names[len(boxed) + len(tensors) :]
-    tail = tuple(plan.values[name] for name in names)
-    with torch.cuda.device(tensors[0].device):
-        compiled = kernel[(plan.programs,)](
-            *plan.describe(boxed), *tensors, **dict(zip(names, tail, strict=True)), **plan.options
-        )
-    if len(_ready) >= _READY_LIMIT:
-        _ready.clear()
-    _ready[key] = _Ready(
-        dialect.bare_launcher(compiled),
-        compiled.function,
-        compiled.packed_metadata,
+    numbers = tuple(plan.values[name] for name in names)
+    compiled = kernel[(plan.programs,)](
+        *plan.describe(boxed), *tensors, **dict(zip(names, numbers, strict=True)), **plan.options
+    )
+    return _Ready(
+        dialect.bare_launcher(compiled, plan.programs),
         list(compiled.metadata.tensordesc_meta),
         [{} for _ in boxed],
-        plan,
-        tail,
+        {},
+        plan.describe,
+        numbers,
     )

@@ -57,14 +57,14 @@ def run(
     combined = 0
     for value in addresses:
         combined |= value
-    steps = [tensor.stride() for tensor in tensors]
+    steps: list[Any] = [tensor.stride() for tensor in tensors]
     for extra in (*call[3:11], arguments.mailbox_of(call)):
         if extra is None:
             addresses.append(address)
         else:
             addresses.append(extra.data_ptr())
             combined |= addresses[-1]
-            steps.append(extra.stride())
+            steps += (extra.stride(), extra.dtype)
     alignment = combined & 15 and tuple(value & 15 == 0 for value in addresses)
     device = q.device.index
     precision = float32_precision(problem) if problem.dtype == torch.float32 else None

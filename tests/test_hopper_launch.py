@@ -1,0 +1,169 @@
+"""How a repeated call reaches a Hopper kernel: what is kept, by which key, and the order of the arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import triton
+from torch import Tensor
+from triton.backends.nvidia.driver import CudaLauncher
+
+from flashtile.backends.hopper import dialect, launch
+from flashtile.gpu import arguments
+from flashtile.problem import Call, Problem
+
+PROBLEM = Problem(1, 64, 64, 2, 2, 64, 64, torch.bfloat16, "cuda", (9, 0))
+FUNCTION, STREAM, PROGRAMS = 0xF00, 0x5, 7
+
+
+def tritons_launcher(record: Callable[..., None], wrapped: bool, scratch: int = 0) -> Any:
+    """Triton's own launcher around a recorder in place of its function in C."""
+
+    def inner(*arguments: Any) -> None:
+        raise AssertionError("encodes every descriptor anew")
+
+    def wrap(launcher: Callable[..., None]) -> Callable[..., None]:
+        return lambda *arguments: inner(launcher, *arguments)
+
+    launcher = CudaLauncher.__new__(CudaLauncher)
+    vars(launcher).update(
+        launch=wrap(record) if wrapped else record,
+        num_ctas=1,
+        global_scratch_size=scratch,
+        global_scratch_align=1,
+        profile_scratch_size=0,
+        profile_scratch_align=1,
+        launch_cooperative_grid=False,
+        launch_pdl=True,
+    )
+    if triton.__version__ >= "3.7":
+        vars(launcher).update(arg_annotations=["note"], kernel_signature=b"signature", gsan_enabled=False)
+    return launcher
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton.runtime.driver, "_active", SimpleNamespace())
+
+
+@pytest.mark.usefixtures("driver")
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_the_function_in_c_gets_what_tritons_method_gives_it(wrapped: bool) -> None:
+    seen: list[tuple[Any, ...]] = []
+
+    def record(*arguments: Any) -> None:
+        seen.append(arguments)
+
+    compiled = SimpleNamespace(run=tritons_launcher(record, wrapped), function=FUNCTION, packed_metadata=(4, 1, 1024))
+    own = tritons_launcher(record, wrapped=False)
+    own(PROGRAMS, 1, 1, STREAM, FUNCTION, compiled.packed_metadata, None, None, None, 10, 20, 0.5)
+    dialect.bare_launcher(compiled, PROGRAMS)(STREAM, (10, 20, 0.5))
+    assert len(seen) == 2
+    assert seen[0] == seen[1]
+
+
+@pytest.mark.usefixtures("driver")
+def test_scratch_memory_comes_from_tritons_method(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+    method = CudaLauncher.__call__
+
+    def call(launcher: Any, *rest: Any) -> None:
+        asked.append((launcher.global_scratch_size, rest[3]))
+        launcher.global_scratch_size = 0  # there is no allocator
+        method(launcher, *rest)
+
+    monkeypatch.setattr(CudaLauncher, "__call__", call)
+    compiled = SimpleNamespace(
+        run=tritons_launcher(lambda *_: None, False, scratch=8), function=FUNCTION, packed_metadata=()
+    )
+    dialect.bare_launcher(compiled, PROGRAMS)(STREAM, ())
+    assert asked == [(8, STREAM)]
+
+
+class Kernel:
+    """Stands in for a kernel of one descriptor, one tensor, the extras and one number."""
+
+    arg_names = ("boxed", "tensor", *(f"extra{n}" for n in range(arguments.EXTRAS)), "number")
+
+    def __init__(self) -> None:
+        self.first: list[tuple[Any, ...]] = []
+        self.again: list[tuple[Any, ...]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
+        def run(*tensors: Any, **numbers: Any) -> Any:
+            self.first.append((grid, tensors, numbers))
+            return SimpleNamespace(metadata=SimpleNamespace(tensordesc_meta=[{}]))
+
+        return run
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
+    kernel = Kernel()
+    monkeypatch.setattr(launch, "_kinds", {})
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: STREAM, raising=False)
+    monkeypatch.setattr(dialect, "bare_launcher", lambda compiled, programs: lambda *seen: kernel.again.append(seen))
+    monkeypatch.setattr(dialect, "encode_descriptor", lambda descriptor, metadata: f"map of {descriptor.base}")
+    return kernel
+
+
+def inputs(offset: int = 0) -> Tensor:
+    memory = torch.zeros(64 * 2 * 64 + 64, dtype=torch.bfloat16)
+    start = (-memory.data_ptr() % 16) // 2 + offset
+    return memory[start : start + 64 * 2 * 64].view(1, 64, 2, 64)
+
+
+def run(kernel: Kernel, q: Tensor, problem: Problem = PROBLEM, **extras: Tensor) -> bool:
+    """A launch on q; whether all of it was addressable."""
+
+    def describe(boxed: tuple[Tensor, ...]) -> tuple[Any, ...]:
+        return (SimpleNamespace(base=boxed[0].data_ptr(), shape=[64], strides=[1]),)
+
+    launches = launch.Launches(problem, Call(q, q, q, **extras), ("forward",), (q,))
+    launches.run(kernel, (q,), (q,), lambda: launch.Plan(PROGRAMS, {"number": 3}, {}, describe))
+    return launches.fit
+
+
+def test_a_repeated_call_only_passes_addresses(kernel: Kernel) -> None:
+    q, other = inputs(), inputs()
+    assert run(kernel, q)
+    assert run(kernel, other)
+    assert run(kernel, q)
+    assert len(kernel.first) == 1
+    expected = [
+        (STREAM, (f"map of {t.data_ptr()}", 64, 1, *[t.data_ptr()] * (1 + arguments.EXTRAS), 3)) for t in (other, q)
+    ]
+    assert kernel.again == expected
+
+
+def test_what_a_binary_depends_on_is_looked_up_anew(kernel: Kernel) -> None:
+    q = inputs()
+    sinks = replace(PROBLEM, sinks=True)
+    run(kernel, q, sinks, sinks=torch.zeros(2))
+    run(kernel, q, sinks, sinks=torch.zeros(2, dtype=torch.bfloat16))
+    run(kernel, q, sinks, sinks=torch.zeros(4)[::2])
+    run(kernel, q.transpose(1, 2).contiguous().transpose(1, 2))
+    assert not run(kernel, inputs(offset=1))
+    assert len(kernel.first) == 5
+    assert not kernel.again
+
+
+def test_an_extra_is_passed_in_its_place(kernel: Kernel) -> None:
+    q, sinks = inputs(), torch.zeros(2)
+    for _ in range(2):
+        run(kernel, q, replace(PROBLEM, sinks=True), sinks=sinks)
+    ((_, passed),) = kernel.again
+    assert passed[4:-1].index(sinks.data_ptr()) == 2  # behind bias and slopes
+    assert passed[4:-1].count(q.data_ptr()) == arguments.EXTRAS - 1
+
+
+def test_caches_are_bounded(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_KIND_LIMIT", 2)
+    for rows in range(1, 6):
+        run(kernel, inputs(), replace(PROBLEM, q_len=rows))
+    assert len(launch._kinds) <= 2

@@ -19,9 +19,8 @@ from flashtile.execution import forward, run_backward
 from flashtile.problem import Call, unpack
 from flashtile.validation import describe
 
-DIFFERENTIABLE: Final = (
-    6  # the leading fields of Call that gradients are counted for: q, k, v, bias, alibi_slopes, sinks
-)
+# The leading fields of Call that gradients are counted for: q, k, v, bias, alibi_slopes, sinks.
+DIFFERENTIABLE: Final = 6
 TENSORS = 11  # the leading fields of Call that are tensors
 REST = (None,) * (len(Call._fields) - DIFFERENTIABLE)
 _PLAIN = (Tensor, torch.nn.Parameter)

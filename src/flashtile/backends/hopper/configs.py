@@ -89,6 +89,10 @@ def _light_without_left(problem: Problem) -> bool:
     return _light(problem) and not _left(problem)
 
 
+def _short_scores(problem: Problem) -> bool:
+    return columns(problem.qk_dim) <= 192 and _light_without_left(problem) and not problem.varlen
+
+
 def _no_packed_table(problem: Problem) -> bool:
     return not (problem.varlen and problem.table)
 
@@ -117,6 +121,8 @@ FORWARD = (
     Row(128, 3, Config(2, 64, 3, _TWO, shared=True, query_stages=2), _without_left, bias_tiles=True),  # more spill
     Row(128, 2, Config(2, 64, 3, _TWO, query_stages=2)),  # 128 keys spill
     Row(128, 9, Config(2, 32, 4, _TWO, query_stages=2)),  # 64 keys spill
+    # the shorter the first product, the more exponentials are to hide: 192 and 128 columns 539, without overlap 520
+    Row(256, 0, Config(2, 64, 2, _TWO, shared=True, overlap=True, strips=True), _short_scores),
     # causal, 4096: 594, without strips 535
     Row(256, 1, Config(2, 64, 2, _TWO, shared=True, strips=True), _light_without_left),
     Row(256, 1, Config(2, 64, 2, _TWO, shared=True), _light),  # strips spill

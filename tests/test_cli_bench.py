@@ -229,6 +229,32 @@ def test_peak_memory_is_counted() -> None:
     assert timing.peak_bytes(timing.Plain(action), "cpu") == pytest.approx(8_000_000, abs=100)
 
 
+def test_turns_begin_with_each_in_its_turn() -> None:
+    turns = timing.in_turns(3)
+    assert len(turns) == 3 * timing.TURNS
+    assert turns[:9] == [0, 1, 2, 1, 2, 0, 2, 0, 1]
+
+
+def test_without_memory_for_all_at_once_each_is_timed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    together: list[int] = []
+    real = timing.device_times
+
+    def short_of_memory(actions: Any, device: str, seconds: float) -> list[list[float]]:
+        together.append(len(actions))
+        if len(actions) > 1:
+            raise torch.OutOfMemoryError
+        return real(actions, device, seconds)
+
+    monkeypatch.setattr(timing, "device_times", short_of_memory)
+    code, result = invoke(
+        "bench", "--quick", "--device", "cpu", "--seconds", "0.001", "--lengths", "64", "--causal", "--json",
+        "--mode", "forward", "--peers", "standard",
+    )  # fmt: skip
+    assert code == 0
+    assert together == [2, 1, 1]
+    assert [row["status"] for row in result["rows"]] == ["measured", "measured"]
+
+
 def test_quantiles_and_turns() -> None:
     assert timing.quantiles([float(n) for n in range(11)]) == (5.0, 2.0, 8.0)
     seen: list[str] = []

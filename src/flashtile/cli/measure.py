@@ -22,6 +22,7 @@ from flashtile.dispatch import choose
 REFUSALS = (NotImplementedError, torch.OutOfMemoryError)
 NO_KERNEL = re.compile("No available kernel|No viable backend")
 GRADIENT_MODES = ("backward", "train")
+ROOM = 8  # times the memory of one call
 
 
 Entry = tuple[Result, Prepared]
@@ -45,7 +46,9 @@ class Contest:
     _expected: dict[tuple[bool, bool], list[gate.Expected]] = field(default_factory=dict)
 
     def rows(self, peers: list[Peer], step: Step) -> list[Result]:
-        """A row for each mode and peer. On a CPU the right ones are timed in turns, elsewhere one after the other."""
+        """A row for each mode and peer. The right ones are timed in turns, or one after the other where memory is short
+        or the host's time is asked for.
+        """
         inputs = self._inputs()
         rows: list[Result] = []
         waiting: list[Entry] = []
@@ -64,7 +67,7 @@ class Contest:
             ready = [(row, prepared) for row, prepared in waiting if row["mode"] == mode]
             if ready:
                 step(f"{self.work.id}, {mode}: {len(ready)} in turns")
-                self._clock(ready, mode)
+                self._clock_together(ready, mode)
         return sorted(rows, key=lambda row: self.modes.index(row["mode"]))
 
     def _attempts(self) -> list[tuple[str, ...]]:
@@ -82,7 +85,7 @@ class Contest:
             row.update({"reason": None, **verdict})
         if prepared is None:
             return []
-        if self.device == "cpu" and "host" not in rows:
+        if "host" not in rows and self._holds_all():
             return [(row, prepared) for row in rows.values()]
         for mode, row in rows.items():
             self._clock_alone(row, prepared, mode)
@@ -176,6 +179,21 @@ class Contest:
                     ms=middle, ms_q20=low, ms_q80=high, **self._speed(mode, middle), **self._memory(mode, prepared)
                 )
             row.update(status="measured", repeats=len(times))
+
+    def _holds_all(self) -> bool:
+        """Whether there is memory for the tensors of all peers at once, which is what they need to take turns."""
+        free = machine.free_memory(self.device)
+        return (
+            free is None or self.device == "cpu" or free > ROOM * costs.compulsory_bytes(self.work, self.dtype, "train")
+        )
+
+    def _clock_together(self, ready: list[Entry], mode: str) -> None:
+        try:
+            self._clock(ready, mode)
+        except REFUSALS:  # one of them needs more memory than the others leave it, or more than there is
+            for row, prepared in ready:
+                self._release()
+                self._clock_alone(row, prepared, mode)
 
     def _clock_alone(self, row: Result, prepared: Prepared, mode: str) -> None:
         try:

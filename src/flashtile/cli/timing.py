@@ -36,6 +36,7 @@ class Plain:
 FLUSH_BYTES = 512 * 2**20  # ten times an H100's L2 cache; writing it also hides the host's time to launch the next call
 WARM_UPS = 3
 MOST_REPEATS = 200
+TURNS = 5
 LEAST_REPEATS = {"cuda": 10, "cpu": 5}
 HOST_CALLS = 300
 CALLS_IN_QUEUE = 20
@@ -44,11 +45,11 @@ CALLS_IN_QUEUE = 20
 def device_times(actions: Sequence[Action], device: str, seconds: float) -> list[list[float]]:
     """Milliseconds of each repeat of each action, after a warm-up, for about `seconds` of work an action.
 
-    On a CUDA device: between two events, the L2 cache overwritten before. Elsewhere: the wall clock around the call,
-    the actions taking turns, so that a change of the machine's load meets all of them alike.
+    On a CUDA device: between two events, the L2 cache overwritten before. Elsewhere: the wall clock around the call.
+    The actions take turns, so that a change of the machine's load or of a card's clock meets all of them alike.
     """
     if device == "cuda":
-        return [_cuda_times(action, seconds) for action in actions]
+        return _cuda_times(actions, seconds)
     for action in actions:
         with action.context():
             action()
@@ -67,14 +68,28 @@ def device_times(actions: Sequence[Action], device: str, seconds: float) -> list
     return repeats
 
 
-def _cuda_times(action: Action, seconds: float) -> list[float]:
+def _cuda_times(actions: Sequence[Action], seconds: float) -> list[list[float]]:
     flush = torch.empty(FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
+    counts = [_repeats_of_a_turn(action, flush, seconds) for action in actions]
+    repeats: list[list[float]] = [[] for _ in actions]
+    for index in in_turns(len(actions)):
+        with actions[index].context():
+            repeats[index] += _between_events(actions[index], flush, counts[index])
+    return repeats
+
+
+def _repeats_of_a_turn(action: Action, flush: torch.Tensor, seconds: float) -> int:
     with action.context():
         for _ in range(WARM_UPS):
             action()
         estimate = sum(_between_events(action, flush, 3)) / 3e3
-        count = int(min(MOST_REPEATS, max(LEAST_REPEATS["cuda"], seconds / max(estimate, 1e-6))))
-        return _between_events(action, flush, count)
+    count = min(MOST_REPEATS, max(LEAST_REPEATS["cuda"], seconds / max(estimate, 1e-6)))
+    return max(1, int(count / TURNS))
+
+
+def in_turns(number: int) -> list[int]:
+    """TURNS times 0, 1, ..., number - 1, each time with another one first."""
+    return [(first + index) % number for first in range(TURNS) for index in range(number)]
 
 
 def _between_events(action: Action, flush: torch.Tensor, count: int) -> list[float]:

@@ -72,7 +72,7 @@ def test_each_command_has_help_and_json(command: str) -> None:
         ),
         (["explain", "q=1,64,1,8", "--device", "cuda", "--compile", "z80"], "--compile: got 'z80'"),
         (
-            ["explain", "q=1,64,1,8", "--device", "cuda", "--capability", "9.0", "--compile", "gfx942"],
+            ["explain", "q=1,128,1,8", "--device", "cuda", "--capability", "9.0", "--compile", "gfx942"],
             "--compile: got 'gfx942', expected sm_90 for the backend hopper",
         ),
         (["explain", "q=1,64,1,8", "--fast-memory", "0"], "--fast-memory: got 0"),

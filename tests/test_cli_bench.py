@@ -204,6 +204,7 @@ def test_inputs_that_do_not_fit_are_not_made(monkeypatch: pytest.MonkeyPatch) ->
 def test_out_of_memory_is_a_refusal() -> None:
     assert measure._failure(torch.OutOfMemoryError("CUDA out of memory. Tried"), [])["status"] == "refused"
     assert measure._failure(ValueError("x"), [])["status"] == "error"
+    assert measure._failure(ValueError("\x1b[91mx\x1b[0m\ny"), [])["reason"] == "ValueError: x"
 
 
 def test_one_subprocess_run() -> None:

@@ -20,6 +20,7 @@ from flashtile.cli.workload import Inputs, Workload, make_inputs
 from flashtile.dispatch import choose
 
 REFUSALS = (NotImplementedError, torch.OutOfMemoryError)
+COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 NO_KERNEL = re.compile("No available kernel|No viable backend")
 GRADIENT_MODES = ("backward", "train")
 ROOM = 8  # times the memory of one call
@@ -260,7 +261,7 @@ class Task:
 def _failure(error: Exception, said: list[str]) -> Result:
     """A refusal or an error, in one line; PyTorch says in warnings why a backend of its attention refuses."""
     refused = isinstance(error, REFUSALS) or NO_KERNEL.search(str(error)) is not None
-    text = str(error).strip().split("\n")[0] or type(error).__name__
+    text = COLOURS.sub("", str(error)).strip().split("\n")[0] or type(error).__name__
     if NO_KERNEL.search(text):
         reasons = (line.partition(" (Triggered internally")[0] for line in said)
         text = " ".join(line for line in dict.fromkeys(reasons) if "because" not in line) or text

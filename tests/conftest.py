@@ -76,7 +76,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: object, error: object) -> None:
     counted = getattr(node, "workeroutput", {}).get("deselected", 0)
-    node.config.stash[_deselected] = counted  # type: ignore[attr-defined]
+    node.config.stash[_deselected] = counted
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -30,5 +30,5 @@ def compute_as_a_gpu_does() -> None:
         rounded = torch.from_numpy(np.array(source.data)).bfloat16()
         return interpreter.TensorHandle(rounded.view(torch.int16).numpy().view(np.uint16), dst_type.scalar)
 
-    cast_impl.rounds_to_nearest = True  # type: ignore[attr-defined]
+    cast_impl.rounds_to_nearest = True
     builder.cast_impl = cast_impl

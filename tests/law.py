@@ -73,7 +73,7 @@ class Arrows:
                 continue
             if self.rank(there) is None:
                 found.append(f"{module} imports {imported}, which has no place in the arrows")
-            elif self.rank(there) <= self.rank(here):  # type: ignore[operator]
+            elif self.rank(there) <= self.rank(here):
                 found.append(f"{module} imports {imported}: against the arrows")
         return found
 
@@ -120,10 +120,10 @@ def is_device(function: Function) -> bool:
 
 def length(function: Function) -> int:
     """Lines of a function without its docstring: a full contract is no reason for a shorter function."""
-    lines = function.end_lineno - function.lineno + 1  # type: ignore[operator]
+    lines = function.end_lineno - function.lineno + 1
     first = function.body[0]
     if ast.get_docstring(function, clean=False) is not None:
-        lines -= first.end_lineno - first.lineno + 1  # type: ignore[operator]
+        lines -= first.end_lineno - first.lineno + 1
     return lines
 
 
@@ -144,7 +144,7 @@ def oversized(where: str, source: str) -> list[str]:
     return found
 
 
-def too_many_arguments(where: str, source: str, exempt: set[str] = frozenset()) -> list[str]:  # type: ignore[assignment]
+def too_many_arguments(where: str, source: str, exempt: set[str] = frozenset()) -> list[str]:
     """Host functions with more arguments than the budget, and exemptions that no function needs."""
     wide = {
         name: argument_count(function)

@@ -217,7 +217,7 @@ def test_the_interpreter_rounds_bfloat16_as_a_gpu_does() -> None:
     import triton.language as tl
 
     @triton.jit
-    def cast(source, place, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+    def cast(source, place, SIZE: tl.constexpr):
         index = tl.arange(0, SIZE)
         tl.store(place + index, tl.load(source + index).to(tl.bfloat16))
 

@@ -371,7 +371,7 @@ class Largest(TorchDispatchMode):
     elements = 0
 
     def __torch_dispatch__(self, func: object, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
-        result = func(*args, **(kwargs or {}))  # type: ignore[operator]
+        result = func(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(tensor, Tensor):
                 self.elements = max(self.elements, tensor.untyped_storage().nbytes() // tensor.element_size())
@@ -381,12 +381,12 @@ class Largest(TorchDispatchMode):
 def largest(length: int, dtype: torch.dtype, kv_heads: int = 4, **features: object) -> int:
     q = torch.randn(1, length, 4, 8, dtype=dtype)
     k, v = (torch.randn(1, length, kv_heads, 8, dtype=dtype) for _ in range(2))
-    call = Call(q, k, v, scale=0.3, **features)  # type: ignore[arg-type]
+    call = Call(q, k, v, scale=0.3, **features)
     problem = describe(call)
     grads = tuple(torch.empty_like(t) for t in (q, k, v))
     with Largest() as found:
         out, lse = blocked.forward(problem, call)
-        blocked.backward(problem, call, out, lse, torch.ones_like(out), None, grads, False)  # type: ignore[arg-type]
+        blocked.backward(problem, call, out, lse, torch.ones_like(out), None, grads, False)
     return found.elements
 
 

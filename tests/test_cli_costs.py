@@ -25,7 +25,7 @@ def work(**changes: object) -> Workload:
         "qk_dim": 32,
         "v_dim": 32,
     }
-    return Workload(**(base | changes))  # type: ignore[arg-type]
+    return Workload(**(base | changes))
 
 
 @pytest.mark.parametrize(

@@ -103,17 +103,22 @@ def test_programs_of_the_hopper_kernels() -> None:
     assert few["programs"] == -(-100 // few["block_m"])
 
 
-@pytest.mark.parametrize(("dim", "keys", "rows"), [(64, 64, 128), (128, 128, 128), (256, 32, 64)])
-def test_tiles_beside_a_bias(dim: int, keys: int, rows: int) -> None:
-    """What is shown is what runs: a bias that TMA loads has tiles of its own, in both directions."""
+@pytest.mark.parametrize(
+    ("dim", "heavy", "keys", "rows"),
+    [(64, False, 64, 128), (64, True, 64, 128), (128, False, 128, 128), (256, False, 32, 64)],
+)
+def test_tiles_beside_a_bias(dim: int, heavy: bool, keys: int, rows: int) -> None:
+    """What is shown is what runs: a bias that TMA loads has tiles of its own, by a rule of each direction."""
     from flashtile.backends.hopper import compile as compiler
 
-    arguments = (f"q=1,4096,2,{dim}", "--device", "cuda", "--backend", "hopper", "--bias", "1,2,4096,4096")
-    forward, backward = explain(*arguments)["kernels"]
+    arguments = ["--device", "cuda", "--backend", "hopper", "--bias", "1,2,4096,4096"]
+    arguments += ["--softcap", "20", "--alibi", "--dropout", "0.1"] if heavy else []
+    forward, backward = explain(f"q=1,4096,2,{dim}", *arguments)["kernels"]
     assert (forward["block_n"], backward["block_n"]) == (keys, rows)
     problem = Problem(
         batch=1, q_len=4096, k_len=4096, q_heads=2, kv_heads=2, qk_dim=dim, v_dim=dim, dtype=torch.bfloat16,
         device="cuda", capability=(9, 0), scale=dim**-0.5, bias="additive", bias_shape=(1, 2, 4096, 4096),
+        softcap=20.0 * heavy, alibi=heavy, dropout_p=0.1 * heavy,
     )  # fmt: skip
     found = {name: compiler._launch(name, problem).plan.values for name in ("forward", "backward")}
     assert found["forward"]["BLOCK_N"] == keys

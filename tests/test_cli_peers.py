@@ -118,7 +118,7 @@ class Wrong(Standard):
             self.spoil(found)
             return found
 
-        prepared.results = results  # type: ignore[method-assign]
+        prepared.results = results
         return prepared
 
 
@@ -172,8 +172,8 @@ def test_standard_attention_too_large_for_the_memory_is_refused(monkeypatch: pyt
 
 def _flash_2(module: ModuleType) -> None:
     """Its signature is the one that flashtile offers under the same names."""
-    module.flash_attn_func = flashtile.flash_attn_func  # type: ignore[attr-defined]
-    module.flash_attn_varlen_func = flashtile.flash_attn_varlen_func  # type: ignore[attr-defined]
+    module.flash_attn_func = flashtile.flash_attn_func
+    module.flash_attn_varlen_func = flashtile.flash_attn_varlen_func
 
 
 def _sides(window: tuple[int | None, int | None]) -> tuple[int | None, int | None]:
@@ -194,7 +194,7 @@ def _flash_3(module: ModuleType) -> None:
             q, k, v, *ends, scale=softmax_scale, causal=causal, window=_sides(window_size), softcap=softcap
         )
 
-    module.flash_attn_func, module.flash_attn_varlen_func = dense, packed  # type: ignore[attr-defined]
+    module.flash_attn_func, module.flash_attn_varlen_func = dense, packed
 
 
 def _flash_4(module: ModuleType) -> None:
@@ -209,7 +209,7 @@ def _flash_4(module: ModuleType) -> None:
         ends = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
         return flashtile.attention_varlen(q, k, v, *ends, sinks=learnable_sink, return_lse=True, **keywords)
 
-    module.flash_attn_func, module.flash_attn_varlen_func = dense, packed  # type: ignore[attr-defined]
+    module.flash_attn_func, module.flash_attn_varlen_func = dense, packed
 
 
 STAND_INS = ((FLASH_2, _flash_2), (FLASH_3, _flash_3), (FLASH_4, _flash_4))
@@ -240,11 +240,11 @@ def test_an_absent_package_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "flash_attn", None)
     assert "flash_attn cannot be imported" in (FLASH_2.missing() or "")
     # FlashAttention 4 installs the same top-level name without FlashAttention 2's functions.
-    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace())  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace())
     assert FLASH_2.missing() == "flash_attn cannot be imported: flash_attn has no flash_attn_func"
     # flashtile must not be timed as its own rival.
     served = SimpleNamespace(flash_attn_func=flashtile.flash_attn_func, SERVED_BY_FLASHTILE=True)
-    monkeypatch.setitem(sys.modules, "flash_attn", served)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "flash_attn", served)
     assert "flash_attn is flashtile itself" in (FLASH_2.missing() or "")
 
 

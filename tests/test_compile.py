@@ -193,7 +193,7 @@ def note_and_run(served: list[str], name: str, original: Callable[..., Any], *ar
 @pytest.mark.parametrize("where", ["inside", "outside"])
 def test_use_backend(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     served: list[str] = []
-    backend = flashtile.dispatch.load("reference")  # type: ignore[attr-defined]
+    backend = flashtile.dispatch.load("reference")
     for name in ("forward", "backward"):
         monkeypatch.setattr(backend, name, partial(note_and_run, served, name, getattr(backend, name)))
 

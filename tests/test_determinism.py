@@ -45,7 +45,7 @@ def test_backward_on_request(backend: str, device: str, name: str) -> None:
 @places
 @pytest.mark.filterwarnings("ignore:.*CUBLAS_WORKSPACE_CONFIG")
 def test_backward_under_pytorchs_own_switch(backend: str, device: str) -> None:
-    chosen = dataclasses.replace(case("gqa-causal-odd"), deterministic=None)  # type: ignore[arg-type]
+    chosen = dataclasses.replace(case("gqa-causal-odd"), deterministic=None)
     torch.use_deterministic_algorithms(True, warn_only=True)  # cuBLAS warns where its workspace is not set
     assert_equal_bits(runs(chosen, backend, device, grads=True))
 

@@ -155,7 +155,7 @@ def test_pytorch_seeds_it(backend: str, device: str) -> None:
 
     def run(seed: int) -> tuple[Tensor, Tensor]:
         torch.manual_seed(seed)
-        return tuple(flashtile.attention(q, q, q, dropout_p=0.5, backend=backend) for _ in range(2))  # type: ignore[return-value]
+        return tuple(flashtile.attention(q, q, q, dropout_p=0.5, backend=backend) for _ in range(2))
 
     first, second = run(1)
     assert not torch.equal(first, second)
@@ -175,7 +175,7 @@ def test_no_random_number_is_drawn_without_dropout(backend: str, device: str) ->
 def test_the_mean_over_many_masks_is_attention() -> None:
     q, k, v = (torch.randn(1, 6, 1, 4, dtype=torch.float64) for _ in range(3))
     wanted = flashtile.attention(q, k, v)
-    runs = torch.stack([flashtile.attention(q, k, v, dropout_p=0.3, backend="reference") for _ in range(800)])  # type: ignore[arg-type]
+    runs = torch.stack([flashtile.attention(q, k, v, dropout_p=0.3, backend="reference") for _ in range(800)])
     assert isinstance(wanted, Tensor)
     deviation = runs.std(0) / math.sqrt(len(runs))
     assert ((runs.mean(0) - wanted).abs() < 4.5 * deviation).all()

@@ -34,9 +34,9 @@ def test_as_a_user_runs_it(train: bool, tmp_path: Path) -> None:
     assert re.findall(r"standard|flashtile|window 64", head) == ["standard", "flashtile", "window 64"]
     assert [int(row.split()[0]) for row in rows] == [256, 512]
     assert all(row.count(" ms ") + row.count(" us ") == 3 for row in rows)
-    assert float(re.search(r"by (\S+) nats", gap)[1]) < 1e-5  # type: ignore[index]
+    assert float(re.search(r"by (\S+) nats", gap)[1]) < 1e-5
     for line in (full, window):
-        assert float(re.search(r"within (\S+) of float64", line)[1]) < 1e-5  # type: ignore[index]
+        assert float(re.search(r"within (\S+) of float64", line)[1]) < 1e-5
 
 
 def test_what_standard_attention_would_need_is_said() -> None:

@@ -380,7 +380,7 @@ def test_autograd_classes_are_the_public_functions(returned: bool) -> None:
         "FlashAttnVarlenFunc": (flashtile.flash_attn_varlen_func, (rows, keys, values, ends, ends, 5, 5), (None,)),
         "FlashAttnVarlenKVPackedFunc": (flashtile.flash_attn_varlen_kvpacked_func, (rows, pairs, ends, ends, 5, 5), ()),
         "FlashAttnVarlenQKVPackedFunc": (flashtile.flash_attn_varlen_qkvpacked_func, (triples, ends, 5), ()),
-    }  # fmt: skip
+    }
     for name, (function, tensors, rest) in calls.items():
         apply = getattr(interface, name).apply
         result, expected = apply(*tensors, *TAIL, returned, *rest, True), function(*tensors, *TAIL, returned, *rest)

@@ -103,7 +103,7 @@ def test_classes_are_the_functions() -> None:
 @pytest.mark.parametrize("call", [lambda x, i: index_first_axis(x, i), lambda x, i: index_put_first_axis(x, i, 5)])
 def test_a_vector_is_refused(call: object) -> None:
     with pytest.raises(ValueError, match="got shape"):
-        call(torch.randn(4), torch.tensor([1]))  # type: ignore[operator]
+        call(torch.randn(4), torch.tensor([1]))
     with pytest.raises(ValueError, match="indices: got shape"):
         index_put_first_axis(torch.randn(4, 2), torch.tensor([[1]]), 5)
 
@@ -112,7 +112,7 @@ def test_einops_functions_are_found_where_software_looks_for_them(monkeypatch: p
     def rearrange(x: Tensor) -> Tensor:
         return x
 
-    monkeypatch.setitem(sys.modules, "einops", SimpleNamespace(rearrange=rearrange))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "einops", SimpleNamespace(rearrange=rearrange))
     assert bert_padding.rearrange is rearrange
     with pytest.raises(AttributeError, match="no attribute 'reduce'"):
         _ = bert_padding.reduce

@@ -90,7 +90,7 @@ def test_opcheck_rejects_a_wrong_fake_kernel() -> None:
 def test_thin_path_and_op_agree_bitwise(name: str, through_op: bool) -> None:
     call = CALLS[name]()._replace(deterministic=True)
     fields = [t.detach().clone().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t for t in call]
-    out, lse = (FORWARD if through_op else lambda *a: flashtile.ops.attention(Call(*a)))(*fields)  # type: ignore[attr-defined]
+    out, lse = (FORWARD if through_op else lambda *a: flashtile.ops.attention(Call(*a)))(*fields)
     leaves = [t for t in fields if isinstance(t, Tensor) and t.requires_grad]
     grads = torch.autograd.grad(out.square().sum() + lse[lse.isfinite()].sum(), leaves)
 
@@ -202,7 +202,7 @@ def layer_gradients(run: Callable[..., Tensor]) -> tuple[Tensor, ...]:
     torch.manual_seed(5)
     inputs = qkv()
     run(layer, *inputs).sum().backward()
-    return tuple(t.grad for t in inputs)  # type: ignore[misc]
+    return tuple(t.grad for t in inputs)
 
 
 def must_save_attention(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

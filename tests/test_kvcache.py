@@ -154,7 +154,7 @@ BAD_CONTENTS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
         {"q": torch.zeros(3, 12, HEADS, DIM), "cache_seqlens": [5, 0, 9]},
         ("rotary_cos", "9", "at most 8 tokens"),
     ),
-}  # fmt: skip
+}
 
 
 def with_bad_contents(name: str) -> tuple[dict[str, Any], tuple[str, ...]]:

@@ -20,7 +20,7 @@ def qkv(batch: int = 2, q_len: int = 7, k_len: int = 12, heads: int = 4, kv_head
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, **features: object) -> State:
-    return flashtile.attention(q, k, v, return_lse=True, backend="reference", **features)  # type: ignore[return-value, arg-type]
+    return flashtile.attention(q, k, v, return_lse=True, backend="reference", **features)
 
 
 def merged(states: list[State]) -> State:
@@ -62,10 +62,10 @@ def test_packed_sequences() -> None:
     q, k, v = (t.detach().flatten(0, 1) for t in qkv())
     starts_q, starts_k = torch.tensor([0, 7, 14]).int(), torch.tensor([0, 12, 24]).int()
     features = {"return_lse": True, "backend": "reference"}
-    whole = flashtile.attention_varlen(q, k, v, starts_q, starts_k, **features)  # type: ignore[arg-type]
+    whole = flashtile.attention_varlen(q, k, v, starts_q, starts_k, **features)
     windows = (Window(3, None), Window(None, -4))
-    states = [flashtile.attention_varlen(q, k, v, starts_q, starts_k, mask=window, **features) for window in windows]  # type: ignore[arg-type]
-    torch.testing.assert_close(merged(states), whole)  # type: ignore[arg-type]
+    states = [flashtile.attention_varlen(q, k, v, starts_q, starts_k, mask=window, **features) for window in windows]
+    torch.testing.assert_close(merged(states), whole)
 
 
 def test_a_sink_is_a_state_without_a_value() -> None:
@@ -109,4 +109,4 @@ def test_large_states_neither_overflow_nor_lose_weight() -> None:
 )
 def test_states_that_do_not_fit_are_refused(outs: object, lses: object, error: type[Exception]) -> None:
     with pytest.raises(error, match="got"):
-        flashtile.merge_states(outs, lses)  # type: ignore[arg-type]
+        flashtile.merge_states(outs, lses)

@@ -103,7 +103,7 @@ UNKNOWN = {
     ),
     "from-elsewhere": lambda b, h, q, k: (k <= q) & (k % 2 == 0),
     "elsewhere-inside": theirs.and_masks(theirs.causal_mask_function, lambda b, h, q, k: k % 3 != 0),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("use_vmap", [False, True])

@@ -48,9 +48,7 @@ def run_backward(
     """
     call = Call(*fields)
     grads = empty_gradients(call)
-    call, dqkv = unpack(call), separate(*grads)
-    problem = describe(call) if problem is None else problem
-    dbias, dsinks = backward(problem, call, out, lse, dout, dlse, dqkv, bias_grad)
+    dbias, dsinks = write_gradients(dout, dlse, out, lse, bias_grad, unpack(call), separate(*grads), problem)
     return (*grads, dbias, dsinks)
 
 
@@ -62,22 +60,13 @@ def write_gradients(
     bias_grad: bool,
     call: Call,
     dqkv: tuple[Tensor, Tensor, Tensor],
+    problem: Problem | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(dbias, dsinks) of an unpacked call; the gradients of q, k and v are written into dqkv, of any strides."""
-    return backward(describe(call), call, out, lse, dout, dlse, dqkv, bias_grad)
+    """(dbias, dsinks) of an unpacked call; the gradients of q, k and v are written into dqkv, of any strides.
 
-
-def backward(
-    problem: Problem,
-    call: Call,
-    out: Tensor,
-    lse: Tensor,
-    dout: Tensor,
-    dlse: Tensor | None,
-    dqkv: tuple[Tensor, Tensor, Tensor],
-    bias_grad: bool,
-) -> tuple[Tensor | None, Tensor | None]:
-    """The same where the problem is known."""
+    problem: the call's, where it is known.
+    """
+    problem = describe(call) if problem is None else problem
     if problem.empty:
         return _backward_of_nothing(call, lse, dlse, dqkv, bias_grad)
     return load(choose(problem, call.backend)).backward(problem, call, out, lse, dout, dlse, dqkv, bias_grad)

@@ -11,8 +11,6 @@ from flashtile.problem import Problem
 # Backends whose kernels Triton compiles, and the targets that theirs are written for, as regular expressions.
 COMPILED = {"hopper": "sm_90", "triton": r"sm_\d+|gfx\w+"}
 
-_H100_MULTIPROCESSORS = 132
-
 
 @dataclass(frozen=True)
 class Kernel:
@@ -69,18 +67,17 @@ def _triton(problem: Problem) -> list[Kernel]:
 def _hopper(problem: Problem) -> list[Kernel]:
     from flashtile.backends.hopper import backward_configs, configs
 
-    tiles_of_bias = configs.tiles_of_bias(problem)
-    forward = configs.forward(problem, tiles_of_bias)
+    bias = configs.addressable_bias(problem)
+    forward = configs.forward(problem, bias and configs.room_for_bias(problem))
     assert forward is not None, problem
-    beside = tiles_of_bias and not problem.varlen and max(problem.qk_dim, problem.v_dim) <= 128
-    backward = backward_configs.pick(problem, beside)
+    backward = backward_configs.pick(problem, bias and backward_configs.room_for_bias(problem))
     return [
         Kernel(
             "forward",
             "forward",
             64 * forward.groups,
             forward.block_n,
-            programs=_H100_MULTIPROCESSORS,
+            programs=configs.MULTIPROCESSORS,
             compiled_as="forward",
             settings={key: value for key, value in asdict(forward).items() if key != "block_n"},
         ),

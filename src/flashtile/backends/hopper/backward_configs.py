@@ -75,6 +75,13 @@ def accumulator_columns(problem: Problem) -> int:
     return min(dim, 32 if pick(problem).groups == 1 else 64)
 
 
+def room_for_bias(problem: Problem) -> bool:
+    """True where tiles of a bias find shared memory, and are whole: at a packed sequence's end they hold more rows and
+    keys than it has.
+    """
+    return max(problem.qk_dim, problem.v_dim) <= 128 and not problem.varlen
+
+
 def pick(problem: Problem, bias_tiles: bool = False) -> Config:
     """Tiles and roles of the backward kernel. bias_tiles: a bias comes by TMA."""
     dim = max(problem.qk_dim, problem.v_dim)

@@ -129,9 +129,7 @@ def bias_boxes(problem: Problem, call: Call, dbias: Tensor | None) -> tuple[Tens
     """The bias and its gradient as matrices, each None where it does not come or go by TMA."""
     if call.bias is None or problem.varlen:  # tiles at a sequence's end hold more rows and keys than it has
         return None, None
-    bias = bias_tiles.matrices(problem, call)
-    if max(problem.qk_dim, problem.v_dim) > 128:  # no shared memory is left
-        bias = None
+    bias = bias_tiles.matrices(problem, call) if backward_configs.room_for_bias(problem) else None
     # dS lies in shared memory with the softcap's derivative in it; float32 leaves through a slot of dQ of 64 columns.
     narrow = backward_configs.accumulator_columns(problem) < 64
     if dbias is None or problem.softcap > 0 or (dbias.dtype == torch.float32 and narrow):
@@ -187,7 +185,7 @@ def _section(problem: Problem, tiles: int) -> int:
     if problem.deterministic and arguments.mask_kind(problem) == "none":
         # All tiles of a head meet at its first rows and leave them one after the other: too few for all processors to
         # find work there, unless further heads have some (2048 rows: 415 with two heads, 477 with nine).
-        return 1 + -(-132 // tiles)
+        return 1 + -(-configs.MULTIPROCESSORS // tiles)
     if problem.deterministic and max(problem.qk_dim, problem.v_dim) > 128:
         return 3  # tiles of 64 keys meet more often: causal, 4096: 306, one head 259
     # Programs of grouped heads run long: the longest of two heads first, and less waits at the end (504 -> 546).

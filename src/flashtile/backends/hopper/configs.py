@@ -52,7 +52,7 @@ def _long_or_no_diagonal(problem: Problem) -> bool:
 
 def _rounds(problem: Problem, groups: int) -> int:
     """How many items an SM of an H100 gets."""
-    return -(-problem.batch * problem.q_heads * -(-problem.q_len // (64 * groups)) // 132)
+    return -(-problem.batch * problem.q_heads * -(-problem.q_len // (64 * groups)) // MULTIPROCESSORS)
 
 
 def _few_rounds(problem: Problem) -> bool:
@@ -97,6 +97,8 @@ def _no_packed_table(problem: Problem) -> bool:
     return not (problem.varlen and problem.table)
 
 
+MULTIPROCESSORS = 132  # of an H100 and an H200
+
 MOST_WITH_BIAS_TILES = 4  # the weight of calls whose bias comes by TMA; with more, tiles of it spill
 
 _TWO = (240, 24)
@@ -140,12 +142,16 @@ def forward(problem: Problem, bias_tiles: bool = False) -> Config | None:
     return None
 
 
-def tiles_of_bias(problem: Problem) -> bool:
-    """True where a bias of the call's own dtype, contiguous, comes by TMA: a value for each row and key."""
+def addressable_bias(problem: Problem) -> bool:
+    """True where TMA can load a bias of the call's own dtype, contiguous: a value for each row and key."""
     if problem.bias != "additive" or problem.bias_shape is None:
         return False
-    whole = problem.bias_shape[2:] == (problem.q_len, problem.k_len)
-    return whole and problem.k_len % 8 == 0 and weight(problem) <= MOST_WITH_BIAS_TILES
+    return problem.bias_shape[2:] == (problem.q_len, problem.k_len) and problem.k_len % 8 == 0
+
+
+def room_for_bias(problem: Problem) -> bool:
+    """True where registers are left for tiles of a bias."""
+    return weight(problem) <= MOST_WITH_BIAS_TILES
 
 
 def width(dim: int) -> int:

@@ -43,7 +43,7 @@ def forward(problem: Problem, call: Call, out: Tensor | None = None) -> tuple[Te
 
 def bias_by_tma(problem: Problem, call: Call) -> Tensor | None:
     """The bias as (batch, heads, q_len, k_len), None without one, where TMA cannot load it or registers are few."""
-    if call.bias is None or configs.weight(problem) > configs.MOST_WITH_BIAS_TILES:
+    if call.bias is None or not configs.room_for_bias(problem):
         return None
     return bias_tiles.matrices(problem, call)
 

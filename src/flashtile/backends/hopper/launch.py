@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from flashtile.backends.hopper import descriptors, dialect
+from flashtile.backends.hopper import configs, descriptors, dialect
 from flashtile.gpu import arguments
 from flashtile.problem import Call, Problem
 
@@ -138,7 +138,9 @@ def _keep(cache: dict[_Key, _Value], key: _Key, value: _Value, limit: int = _MAP
 @lru_cache
 def multiprocessors(device: torch.device) -> int:
     """How many programs of a kernel run at once, one on each; those of an H100 where there is no device to ask."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+    if device.type != "cuda":
+        return configs.MULTIPROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _expand(ready: _Ready, boxed: tuple[Tensor, ...], places: tuple[int, ...]) -> tuple[Any, ...]:

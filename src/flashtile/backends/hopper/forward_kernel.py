@@ -149,9 +149,7 @@ def _load_queries(q_desc, tile, b, h, work, pipes, shapes):
 
 
 @gluon.jit
-def _load_keys(
-    k_desc, v_desc, bias_desc, first_row, b, h, stop, above, below, n, pipes, shapes, change
-):  # fmt: skip
+def _load_keys(k_desc, v_desc, bias_desc, first_row, b, h, stop, above, below, n, pipes, shapes, change):
     """Key tiles above - 1 down to below of an item whose first is stop - 1, tile n and on, each with its bias, and the
     value tiles that are due: keys come a tile ahead, for theirs is the slot that is empty first.
     """
@@ -250,9 +248,7 @@ def _attend(q, n, span, pipes, rows, change, m, KIND: gl.constexpr):
 
 
 @gluon.jit
-def _item(
-    o_desc, lse, work, n, tile, b, h, first_row, span, q_len, pipes, shapes, change, state, WG: gl.constexpr
-):  # fmt: skip
+def _item(o_desc, lse, work, n, b, h, first_row, span, q_len, pipes, shapes, change, state, WG: gl.constexpr):
     """The 64 rows number WG of one item, from S to the stores of O and lse; the number of the key tile after it."""
     S_ROWS: gl.constexpr = gl.SliceLayout(1, accumulator(shapes.BLOCK_N))
     q_start, _, _, k_len = shapes.sequences(b, False)
@@ -312,9 +308,9 @@ def _consumer(o_desc, out, lse, stride_om, stride_oh, pipes, shapes, change, WG:
         span = shapes.walk(first_row, b, q_len, k_len, shapes.BLOCK_M)
         # Settled when the kernel is compiled. Where shared memory is short, registers are, too: no branch fits.
         if WG == 0 or pipes.SHARED:  # noqa: SIM114
-            n = _item(o_desc, lse, work, n, tile, b, h, first_row, span, q_len, pipes, shapes, change, state, WG)
+            n = _item(o_desc, lse, work, n, b, h, first_row, span, q_len, pipes, shapes, change, state, WG)
         elif first_row + 64 * WG < q_len:
-            n = _item(o_desc, lse, work, n, tile, b, h, first_row, span, q_len, pipes, shapes, change, state, WG)
+            n = _item(o_desc, lse, work, n, b, h, first_row, span, q_len, pipes, shapes, change, state, WG)
         else:
             n = pipes.skip(n, span[3] - span[0])
             pipes.queries.release(work)

@@ -101,6 +101,11 @@ class Ranks:
             print(line, flush=True)
 
     def leave(self) -> None:
+        """To be called when no DistributedDataParallel is left.
+
+        The last owner of a process group waits for its threads; a reducer does so with the interpreter's lock in hand,
+        and one of these threads may still want that lock.
+        """
         if self.distributed:
             dist.barrier()  # a rank that leaves early takes its connections away from one that still reduces
             dist.destroy_process_group()
@@ -151,10 +156,8 @@ class Run:
         return self.ranks.count * self.settings.batch * self.settings.context / seconds
 
 
-def main(arguments: list[str] | None = None) -> dict[str, Any]:
+def train(chosen: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
     """Trains, prints, and returns what the JSON line holds."""
-    chosen = options(arguments)
-    ranks = Ranks(chosen.device)
     content = text.read(chosen.text, chosen.context + 1)
     run = Run(chosen, ranks)
     parameters = sum(p.numel() for p in run.model.parameters())
@@ -185,6 +188,13 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         f"{chosen.attention}: {result['tokens_per_second']:,.0f} tokens per second, held-out loss "
         f"{result['held_out_loss']:.3f} nats a byte (bytes alone: {text.byte_entropy(content.held_out):.3f})"
     )
+    return result
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    chosen = options(arguments)
+    ranks = Ranks(chosen.device)
+    result = train(chosen, ranks)
     if chosen.json:
         ranks.say(json.dumps(result))
     ranks.leave()

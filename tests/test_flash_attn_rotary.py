@@ -123,6 +123,34 @@ def test_kv_in_place(interleaved: bool) -> None:
     torch.testing.assert_close(torch.autograd.grad(out, kv, dout), torch.autograd.grad(expected, before, dout))
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo instantiates it
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("together", [False, True], ids=["q-and-kv", "qkv"])
+def test_parts_of_one_projection_are_turned_in_place(together: bool, compiled: bool) -> None:
+    """q and kv of one tensor are turned one after the other, as modules with grouped heads do, and then trained."""
+    module = RotaryEmbedding(2 * HALF)
+    projection = torch.nn.Linear(5, (4 + 2 * 2) * DIM)
+    x = torch.randn(2, 4, 5)
+
+    def in_place(x: Tensor) -> Tensor:
+        heads = projection(x).unflatten(-1, (-1, DIM))
+        if together:
+            return module(heads, num_heads_q=4)
+        q, kv = module(heads[:, :, :4], heads[:, :, 4:].unflatten(2, (2, 2)))
+        return torch.cat([q, kv.flatten(2, 3)], 2)
+
+    attempt = torch.compile(in_place, fullgraph=True, backend="aot_eager") if compiled else in_place
+    angles = torch.arange(4.0)[:, None] * 1e4 ** -(torch.arange(0, 2 * HALF, 2) / (2 * HALF))
+    q, k, v = projection(x).unflatten(-1, (-1, DIM)).double().split((4, 2, 2), 2)
+    places = [[0, 1, 2, 3]] * 2
+    expected = torch.cat([*(turned(t, places, False, angles.double()) for t in (q, k)), v], 2).float()
+    out = attempt(x)
+    torch.testing.assert_close(out, expected)
+    given = torch.randn_like(out)
+    (dweight,), (wanted,) = (torch.autograd.grad(result, projection.weight, given) for result in (out, expected))
+    torch.testing.assert_close(dweight, wanted)
+
+
 @both
 def test_plain_forms(interleaved: bool) -> None:
     x = randn(2, 4, 3, DIM)

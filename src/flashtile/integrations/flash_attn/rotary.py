@@ -63,12 +63,31 @@ def apply_rotary(
 ) -> Tensor:
     """One turn, or with conjugate the turn back, without a gradient of its own; see `apply_rotary_emb`."""
     _check(x, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen)
+    return _turn(x, cos, sin, seqlen_offsets, cu_seqlens, interleaved, inplace, conjugate)
+
+
+def _turn(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    seqlen_offsets: Offsets,
+    cu_seqlens: Tensor | None = None,
+    interleaved: bool = False,
+    inplace: bool = False,
+    conjugate: bool = False,
+) -> Tensor:
+    """`apply_rotary` of arguments that are known to be right."""
     if isinstance(seqlen_offsets, int) and cu_seqlens is None:
         rows = slice(seqlen_offsets, seqlen_offsets + x.shape[1])
         cos, sin = cos[rows], sin[rows]
     else:
         cos, sin = _rows(x, cos, sin, seqlen_offsets, cu_seqlens)
-    return rotate(x, cos, sin, interleaved=interleaved, inverse=conjugate, out=x if inplace else None)
+    if not inplace:
+        return rotate(x, cos, sin, interleaved=interleaved, inverse=conjugate)
+    # As the original's kernel does, without autograd's notice: it would refuse q and kv that share memory.
+    memory = x.data
+    rotate(memory, cos, sin, interleaved=interleaved, inverse=conjugate, out=memory)
+    return x
 
 
 def _check(
@@ -133,13 +152,13 @@ class ApplyRotaryEmb(torch.autograd.Function):
     ) -> Tensor:
         out = apply_rotary(x, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen, interleaved, inplace)
         _save(ctx, seqlen_offsets, cos, sin, cu_seqlens)
-        ctx.interleaved, ctx.max_seqlen = interleaved, max_seqlen
+        ctx.interleaved = interleaved
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         offsets, cos, sin, cu_seqlens = _saved(ctx)
-        dx = apply_rotary(dout, cos, sin, offsets, cu_seqlens, ctx.max_seqlen, ctx.interleaved, conjugate=True)
+        dx = _turn(dout, cos, sin, offsets, cu_seqlens, ctx.interleaved, conjugate=True)
         return dx, *[None] * 7
 
 
@@ -158,6 +177,7 @@ class ApplyRotaryEmbQKV_(torch.autograd.Function):  # noqa: N801 - the original'
         seqlen_offsets: Offsets = 0,
         num_heads_q: int | None = None,
     ) -> Tensor:
+        _check_qkv(qkv, num_heads_q)
         cos_k, sin_k = cos if cos_k is None else cos_k, sin if sin_k is None else sin_k
         _save(ctx, seqlen_offsets, cos, sin, cos_k, sin_k)
         ctx.interleaved, ctx.num_heads_q = interleaved, num_heads_q
@@ -172,7 +192,7 @@ class ApplyRotaryEmbQKV_(torch.autograd.Function):  # noqa: N801 - the original'
         dqkv = dqkv.clone(memory_format=torch.contiguous_format)  # it may be shared, or expanded
         dq, dk = _queries_keys(dqkv, ctx.num_heads_q)
         for part, c, s in ((dq, cos, sin), (dk, cos_k, sin_k)):
-            apply_rotary(part, c, s, offsets, interleaved=ctx.interleaved, inplace=True, conjugate=True)
+            _turn(part, c, s, offsets, interleaved=ctx.interleaved, inplace=True, conjugate=True)
         return dqkv, *[None] * 7
 
 
@@ -193,7 +213,7 @@ class ApplyRotaryEmbKV_(torch.autograd.Function):  # noqa: N801 - the original's
     def backward(ctx: Any, dkv: Tensor) -> tuple[Tensor | None, ...]:
         offsets, cos, sin = _saved(ctx)
         dkv = dkv.clone(memory_format=torch.contiguous_format)
-        apply_rotary(dkv[:, :, 0], cos, sin, offsets, interleaved=ctx.interleaved, inplace=True, conjugate=True)
+        _turn(dkv[:, :, 0], cos, sin, offsets, interleaved=ctx.interleaved, inplace=True, conjugate=True)
         return dkv, *[None] * 4
 
 
@@ -267,10 +287,17 @@ def _saved(ctx: Any) -> tuple[Any, ...]:
 
 
 def _queries_keys(qkv: Tensor, num_heads_q: int | None) -> tuple[Tensor, Tensor]:
-    """Views of q and k."""
+    """Views of q and k, of a qkv that `_check_qkv` has passed."""
+    if num_heads_q is None or qkv.ndim == 5:
+        return qkv[:, :, 0], qkv[:, :, 1]
+    kv_heads = (qkv.shape[2] - num_heads_q) // 2
+    return qkv[:, :, :num_heads_q], qkv[:, :, num_heads_q : num_heads_q + kv_heads]
+
+
+def _check_qkv(qkv: Tensor, num_heads_q: int | None) -> None:
     if qkv.ndim == 5:
         _check_packed("qkv", qkv, 3)
-        return qkv[:, :, 0], qkv[:, :, 1]
+        return
     if qkv.ndim != 4:
         fail("qkv", f"shape {tuple(qkv.shape)}", "(batch, seqlen, 3, heads, head_dim), or 4-D with num_heads_q")
     if num_heads_q is None:
@@ -278,7 +305,6 @@ def _queries_keys(qkv: Tensor, num_heads_q: int | None) -> tuple[Tensor, Tensor]
     kv_heads, rest = divmod(qkv.shape[2] - num_heads_q, 2)
     if rest or kv_heads < 0:
         fail("num_heads_q", num_heads_q, f"an even number of heads less than the {qkv.shape[2]} of qkv")
-    return qkv[:, :, :num_heads_q], qkv[:, :, num_heads_q : num_heads_q + kv_heads]
 
 
 def _check_packed(name: str, tensor: Tensor, parts: int) -> None:
@@ -331,7 +357,9 @@ class RotaryEmbedding(nn.Module):
     ) -> None:
         """Makes tables of at least seqlen positions in a dtype; angles are float32 whatever the module's dtype."""
         have = self._cos_cached
-        stale = have is None or have.device != device or have.dtype != dtype or (self.training and have.is_inference())
+        stale = have is None or have.device != device or have.dtype != dtype
+        if have is not None and self.training and not torch.compiler.is_compiling():  # which cannot ask for the mode
+            stale = stale or have.is_inference()
         if not stale and seqlen <= self._seq_len_cached:
             return
         self._seq_len_cached = seqlen

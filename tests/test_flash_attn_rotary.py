@@ -27,6 +27,10 @@ ANGLES = torch.rand(POSITIONS, HALF, dtype=torch.float64, generator=torch.Genera
 TABLES = ANGLES.cos(), ANGLES.sin()
 
 both = pytest.mark.parametrize("interleaved", [False, True])
+# Dynamo makes an object of an autograd.Function, and asks a tensor that is no leaf for its grad.
+of_dynamo = pytest.mark.filterwarnings(
+    "ignore:.*should not be instantiated:DeprecationWarning", "ignore:The .grad attribute:UserWarning"
+)
 
 
 def randn(*shape: int) -> Tensor:
@@ -123,32 +127,49 @@ def test_kv_in_place(interleaved: bool) -> None:
     torch.testing.assert_close(torch.autograd.grad(out, kv, dout), torch.autograd.grad(expected, before, dout))
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo instantiates it
+@of_dynamo
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("together", [False, True], ids=["q-and-kv", "qkv"])
 def test_parts_of_one_projection_are_turned_in_place(together: bool, compiled: bool) -> None:
     """q and kv of one tensor are turned one after the other, as modules with grouped heads do, and then trained."""
-    module = RotaryEmbedding(2 * HALF)
-    projection = torch.nn.Linear(5, (4 + 2 * 2) * DIM)
-    x = torch.randn(2, 4, 5)
+    projection = torch.nn.Linear(5, (4 + 2 * 2) * DIM).double()
+    x = randn(2, 4, 5)
 
     def in_place(x: Tensor) -> Tensor:
         heads = projection(x).unflatten(-1, (-1, DIM))
         if together:
-            return module(heads, num_heads_q=4)
-        q, kv = module(heads[:, :, :4], heads[:, :, 4:].unflatten(2, (2, 2)))
+            return apply_rotary_emb_qkv_(heads, *TABLES, num_heads_q=4)
+        q = apply_rotary_emb(heads[:, :, :4], *TABLES, inplace=True)
+        kv = apply_rotary_emb_kv_(heads[:, :, 4:].unflatten(2, (2, 2)), *TABLES)
         return torch.cat([q, kv.flatten(2, 3)], 2)
 
     attempt = torch.compile(in_place, fullgraph=True, backend="aot_eager") if compiled else in_place
-    angles = torch.arange(4.0)[:, None] * 1e4 ** -(torch.arange(0, 2 * HALF, 2) / (2 * HALF))
-    q, k, v = projection(x).unflatten(-1, (-1, DIM)).double().split((4, 2, 2), 2)
+    q, k, v = projection(x).unflatten(-1, (-1, DIM)).split((4, 2, 2), 2)
     places = [[0, 1, 2, 3]] * 2
-    expected = torch.cat([*(turned(t, places, False, angles.double()) for t in (q, k)), v], 2).float()
+    expected = torch.cat([*(turned(t, places, False) for t in (q, k)), v], 2)
     out = attempt(x)
     torch.testing.assert_close(out, expected)
     given = torch.randn_like(out)
     (dweight,), (wanted,) = (torch.autograd.grad(result, projection.weight, given) for result in (out, expected))
     torch.testing.assert_close(dweight, wanted)
+
+
+@of_dynamo
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_module_first_used_in_inference_mode_can_be_trained(compiled: bool) -> None:
+    projection = torch.nn.Linear(5, 3 * 2 * DIM)
+    module = RotaryEmbedding(2 * HALF)
+
+    def turn(x: Tensor) -> Tensor:
+        return module(projection(x).unflatten(-1, (3, 2, DIM)))
+
+    attempt = torch.compile(turn, backend="aot_eager") if compiled else turn
+    with torch.inference_mode():
+        expected = turn(torch.ones(1, 4, 5))
+    found = attempt(torch.ones(1, 4, 5))
+    torch.testing.assert_close(found, expected)
+    found.sum().backward()
+    assert projection.weight.grad is not None
 
 
 @both

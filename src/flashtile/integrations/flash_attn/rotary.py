@@ -357,9 +357,7 @@ class RotaryEmbedding(nn.Module):
     ) -> None:
         """Makes tables of at least seqlen positions in a dtype; angles are float32 whatever the module's dtype."""
         have = self._cos_cached
-        stale = have is None or have.device != device or have.dtype != dtype
-        if have is not None and self.training and not torch.compiler.is_compiling():  # which cannot ask for the mode
-            stale = stale or have.is_inference()
+        stale = have is None or have.device != device or have.dtype != dtype or (self.training and have.is_inference())
         if not stale and seqlen <= self._seq_len_cached:
             return
         self._seq_len_cached = seqlen

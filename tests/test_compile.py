@@ -14,9 +14,6 @@ from torch import Tensor
 import flashtile
 from flashtile import masks
 
-# What compiling itself warns of; an eager test never sees these.
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-
 
 @pytest.fixture(autouse=True)
 def _nothing_compiled_before() -> Iterator[None]:

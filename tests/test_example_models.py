@@ -10,9 +10,6 @@ from types import ModuleType
 import law
 import pytest
 
-# What other packages say about their own future.
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-
 
 def load(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, law.ROOT / "examples" / f"{name}.py")

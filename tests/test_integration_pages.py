@@ -12,9 +12,6 @@ import torch.nn.functional as F
 PAGES = ("pytorch", "transformers", "timm_diffusers")
 FOLDER = law.ROOT / "docs" / "integrations"
 
-# What other packages say about their own future.
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
-
 
 def snippets(page: str) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)

@@ -14,9 +14,6 @@ from torch import Tensor, nn
 
 import flashtile
 
-# What diffusers and timm say about their own future.
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
-
 
 class UNetBlock(nn.Module):
     """The attention of a UNet: every place of a feature map looks at all others, and then at a text."""

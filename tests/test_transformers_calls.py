@@ -22,9 +22,6 @@ import flashtile  # noqa: E402
 from flashtile.integrations.transformers import attention_forward, register  # noqa: E402
 from flashtile.integrations.transformers_masks import attention_mask_for  # noqa: E402
 
-# What transformers and compilers say about themselves.
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-
 register()
 
 

@@ -78,10 +78,33 @@ def products(cubin: bytes) -> int:
 
 def occurrences(operation: str, cubin: bytes) -> int:
     """How often an operation stands in a binary."""
+    return len(re.findall(rf"\b{operation}\b", assembly(cubin)))
+
+
+def assembly(cubin: bytes) -> str:
+    """The instructions of a binary."""
     from flashtile.gpu import binary
 
-    text = run_tool([Path(binary.cuobjdump()).with_name("nvdisasm"), "-c"], cubin).stdout
-    return len(re.findall(rf"\b{operation}\b", text))
+    return run_tool([Path(binary.cuobjdump()).with_name("nvdisasm"), "-c"], cubin).stdout
+
+
+def spills_in_steps(text: str) -> int:
+    """Loads and stores of spilled registers in the shortest loops of products and exponentials."""
+    lines = text.splitlines()
+    labels = {found[1]: i for i, line in enumerate(lines) if (found := re.match(r"(\.L_x_\d+):", line.strip()))}
+    loops = []
+    for i, line in enumerate(lines):
+        target = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)
+        if target and labels[target[1]] < i:
+            inside = "\n".join(lines[labels[target[1]] : i])
+            # Waits that lie behind the kernel's end jump back, too, and make loops of what lies between.
+            if "HGMMA" in inside and inside.count("MUFU.EX2") > 8:
+                loops.append((labels[target[1]], i))
+    steps: list[tuple[int, int]] = []
+    for start, end in sorted(loops, key=lambda loop: loop[1] - loop[0]):
+        if all(end < other[0] or other[1] < start for other in steps):
+            steps.append((start, end))
+    return sum(len(re.findall(r"\b(?:LDL|STL)\b", line)) for start, end in steps for line in lines[start:end])
 
 
 def serialized(ptx: str) -> list[str]:
@@ -104,7 +127,12 @@ def describe_hopper(kernel: Any) -> dict[str, Any]:
     from flashtile.gpu import binary
 
     asm = kernel.asm
-    return {**binary.read(kernel)._asdict(), "products": products(asm["cubin"]), "serialized": serialized(asm["ptx"])}
+    return {
+        **binary.read(kernel)._asdict(),
+        "products": products(asm["cubin"]),
+        "serialized": serialized(asm["ptx"]),
+        "spills_in_steps": spills_in_steps(assembly(asm["cubin"])),
+    }
 
 
 def report(kernel: str, problem: Problem, found: dict[str, Any]) -> None:

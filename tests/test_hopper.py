@@ -125,8 +125,8 @@ def test_calls_of_one_small_tile_go_to_triton(changes: dict[str, int], chosen: s
     assert dispatch.choose(replace(problem, capability=(8, 0))) == "triton"
 
 
-@pytest.mark.parametrize(("batch", "heads", "groups"), [(2, 10, 2), (1, 16, 3), (64, 16, 3), (1, 2, 2)])
-def test_few_items_of_192_rows_become_items_of_128(batch: int, heads: int, groups: int) -> None:
+@pytest.mark.parametrize(("batch", "heads", "groups"), [(2, 10, 2), (1, 16, 4), (64, 16, 4), (1, 2, 2)])
+def test_few_items_of_256_rows_become_items_of_128(batch: int, heads: int, groups: int) -> None:
     problem = replace(PLAIN, batch=batch, q_heads=heads, kv_heads=heads, qk_dim=64, v_dim=64)
     config = configs.forward(problem)
     assert config is not None and config.groups == groups

@@ -15,8 +15,8 @@ class Config:
 
     groups: consumer warp groups of 64 query rows. block_n: keys of a tile. stages: slots of the K and V rings.
     registers: of a consumer's and of a producer's thread.
-    shared: O leaves through Q's shared memory. query_stages: slots of the ring of query tiles. overlap: the product
-    with V runs under the next tile's exponentials. strips: each consumer skips the key tiles that only others see.
+    shared: O leaves through Q's shared memory. query_stages: slots of the ring of query tiles. pieces: a tile's
+    exponentials are made in so many, to save registers. strips: each consumer skips the key tiles that only others see.
     """
 
     groups: int
@@ -25,7 +25,7 @@ class Config:
     registers: tuple[int, int]
     shared: bool = False
     query_stages: int = 1
-    overlap: bool = False
+    pieces: int = 1
     strips: bool = False
 
 
@@ -46,27 +46,19 @@ def _no_diagonal(problem: Problem) -> bool:
     return problem.window_left is None and problem.window_right is None and not problem.table
 
 
-def _long_or_no_diagonal(problem: Problem) -> bool:
-    return _no_diagonal(problem) or problem.q_len >= 8192
-
-
 def _rounds(problem: Problem, groups: int) -> int:
     """How many items an SM of an H100 gets."""
     return -(-problem.batch * problem.q_heads * -(-problem.q_len // (64 * groups)) // MULTIPROCESSORS)
 
 
 def _few_rounds(problem: Problem) -> bool:
-    """Where an SM gets few items of 192 rows, and few SMs get the last one; a round of 128 takes 0.74 as long."""
-    three = _rounds(problem, 3)
-    return _no_diagonal(problem) and not problem.varlen and three <= 6 and 0.74 * _rounds(problem, 2) < 0.97 * three
+    """Where an SM gets few items of 256 rows, and few SMs get the last one; a round of 128 takes 0.57 as long."""
+    four = _rounds(problem, 4)
+    return _no_diagonal(problem) and not problem.varlen and four <= 4 and 0.57 * _rounds(problem, 2) < 0.97 * four
 
 
-def _dense_window(problem: Problem) -> bool:
-    return problem.window_left is not None and not problem.varlen
-
-
-def _dropout(problem: Problem) -> bool:
-    return problem.dropout_p > 0
+def _softcap_alone(problem: Problem) -> bool:
+    return problem.softcap > 0 and not problem.varlen and not _left(problem)
 
 
 def _left(problem: Problem) -> bool:
@@ -77,20 +69,20 @@ def _without_left(problem: Problem) -> bool:
     return not _left(problem)
 
 
-def _packed_left(problem: Problem) -> bool:
-    return problem.varlen and _left(problem)
+def _dense_without_left(problem: Problem) -> bool:
+    return not _left(problem) and not problem.varlen
 
 
 def _light(problem: Problem) -> bool:
-    return problem.dropout_p == 0 and not _packed_left(problem)
+    return problem.dropout_p == 0 and not (problem.varlen and _left(problem))
 
 
 def _light_without_left(problem: Problem) -> bool:
     return _light(problem) and not _left(problem)
 
 
-def _short_scores(problem: Problem) -> bool:
-    return columns(problem.qk_dim) <= 192 and _light_without_left(problem) and not problem.varlen
+def _light_dense_without_left(problem: Problem) -> bool:
+    return _light(problem) and _dense_without_left(problem)
 
 
 def _no_packed_table(problem: Problem) -> bool:
@@ -103,31 +95,29 @@ MOST_WITH_BIAS_TILES = 4  # the weight of calls whose bias comes by TMA; with mo
 
 _TWO = (240, 24)
 _THREE = (160, 32)
+_FOUR = (112, 24)
 
 # Figures: TFLOP/s on an H100, bf16, causal and 8192 long unless said otherwise; docs/kernels/hopper_forward.md.
 FORWARD = (
-    # 2 x 10 heads of 4096, full: 448, three groups 412
-    Row(64, 0, Config(2, 128, 3, _TWO, query_stages=2, overlap=True), _few_rounds),
-    # full 533 at 16384, two groups 433
-    Row(64, 0, Config(3, 128, 3, _THREE, query_stages=2, overlap=True, strips=True), _long_or_no_diagonal),
-    Row(64, 0, Config(2, 128, 3, _TWO, query_stages=2)),  # 1024: 352; 192 rows waste the diagonal, 310 against 254
-    Row(64, 1, Config(2, 128, 3, _TWO, query_stages=2, overlap=True)),
-    Row(64, 9, Config(2, 64, 3, _TWO, query_stages=2, overlap=True)),  # 128 keys spill
-    # window of 1024: 517
-    Row(128, 0, Config(2, 128, 2, _TWO, query_stages=2, overlap=True), _dense_window),
-    Row(128, 0, Config(2, 64, 3, _TWO, query_stages=2, overlap=True), _packed_left),  # window 452; 128 keys 444
-    Row(128, 0, Config(2, 128, 2, _TWO, query_stages=2)),  # full 653 at 16384, overlap 624, turns 637
-    Row(128, 1, Config(2, 64, 3, _TWO, query_stages=2, overlap=True), _dropout),  # 407; 128 keys 400
-    Row(128, 1, Config(2, 128, 2, _TWO, query_stages=2, overlap=True)),  # softcap 499, ALiBi 549
-    Row(128, 2, Config(2, 128, 2, _TWO, shared=True, overlap=True), bias_tiles=True),  # bias 454
+    # 2 x 10 heads of 4096, full: 463, four groups 442
+    Row(64, 0, Config(2, 128, 3, _TWO, query_stages=2, pieces=2), _few_rounds),
+    # full 539 at 4096, three groups of 64 keys 472, of 128 keys 502, two groups of 128 keys 449
+    Row(64, 0, Config(4, 64, 4, _FOUR, query_stages=2, strips=True, pieces=2), _dense_without_left),
+    # window 1761 (of full), four groups 1615; dropout 302 and 243; softcap 370 and 374, which spills
+    Row(64, 1, Config(3, 64, 4, _THREE, query_stages=2, strips=True)),
+    Row(64, 9, Config(3, 64, 3, _THREE, query_stages=2, strips=True)),  # tiles of a bias need room
+    Row(128, 0, Config(2, 128, 2, _TWO, query_stages=2), _without_left),  # full 709 at 16384, two pieces 696
+    Row(128, 0, Config(2, 128, 2, _TWO, query_stages=2, pieces=2)),  # one piece spills
+    Row(128, 1, Config(3, 64, 4, _THREE, shared=True, strips=True, pieces=2), _softcap_alone),  # 577, two groups 539
+    Row(128, 1, Config(2, 128, 2, _TWO, query_stages=2, pieces=2)),  # dropout 427, 64 keys 393; ALiBi 584
+    Row(128, 2, Config(2, 128, 2, _TWO, shared=True, pieces=2), bias_tiles=True),  # bias 468, 64 keys 367
     Row(128, 3, Config(2, 64, 3, _TWO, shared=True, query_stages=2), _without_left, bias_tiles=True),  # more spill
     Row(128, 2, Config(2, 64, 3, _TWO, query_stages=2)),  # 128 keys spill
     Row(128, 9, Config(2, 32, 4, _TWO, query_stages=2)),  # 64 keys spill
-    # the shorter the first product, the more exponentials are to hide: 192 and 128 columns 539, without overlap 520
-    Row(256, 0, Config(2, 64, 2, _TWO, shared=True, overlap=True, strips=True), _short_scores),
-    # causal, 4096: 594, without strips 535
-    Row(256, 1, Config(2, 64, 2, _TWO, shared=True, strips=True), _light_without_left),
-    Row(256, 1, Config(2, 64, 2, _TWO, shared=True), _light),  # strips spill
+    # full 768, two pieces 753; 192 with values of 128: 575
+    Row(256, 1, Config(2, 64, 2, _TWO, shared=True, strips=True), _light_dense_without_left),
+    Row(256, 1, Config(2, 64, 2, _TWO, shared=True, strips=True, pieces=2), _light_without_left),  # one piece spills
+    Row(256, 1, Config(2, 64, 2, _TWO, shared=True, pieces=2), _light),  # strips spill
     Row(256, 2, Config(2, 32, 3, _TWO, shared=True), _no_packed_table),  # 64 keys spill; heavier calls spill with 32
 )
 

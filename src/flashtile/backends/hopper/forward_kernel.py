@@ -21,9 +21,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from flashtile.backends.hopper.bias_tiles import axis, load_tile
 from flashtile.backends.hopper.descriptors import load_rows, store_rows, swizzled
 from flashtile.backends.hopper.dialect import aggregate, barrier
+from flashtile.backends.hopper.online_softmax import begin, shrink, weigh
 from flashtile.backends.hopper.rings import Ring, barriers, ring
-from flashtile.backends.hopper.softmax import MINUS_INFINITY, drop, load_bias, weigh
-from flashtile.backends.hopper.tiles import accumulator, left_operand, partial_sums, row_products
+from flashtile.backends.hopper.scores import MINUS_INFINITY, drop, load_bias, scores
+from flashtile.backends.hopper.tiles import accumulator, left_operand, row_products
 from flashtile.backends.hopper.work import Change, Places, Rows, Shapes, places
 from flashtile.gpu.arguments import RUNTIME
 from flashtile.gpu.philox import random_state
@@ -49,7 +50,7 @@ class Pipes:
     DIM: gl.constexpr
     DV: gl.constexpr
     SHARED: gl.constexpr
-    OVERLAP: gl.constexpr
+    PIECES: gl.constexpr
     STRIPS: gl.constexpr
     BIAS_TILES: gl.constexpr
 
@@ -181,16 +182,6 @@ def _load_values(v_desc, b, h, tile, n, pipes, shapes):
 
 
 @gluon.jit
-def _weights(s, l, m, rows, change, key, bias, masked, DV: gl.constexpr, MASKED: gl.constexpr):
-    """(P, l, m, what O shrinks by) after a tile of raw products."""
-    p, m, alpha = weigh(s, m, rows, change, key, bias, masked, MASKED)
-    l = l * gl.convert_layout(alpha, gl.SliceLayout(1, l.type.layout))[:, None] + partial_sums(p)
-    if change.DROPOUT:
-        p = drop(p, rows, change, key)
-    return p, l, m, gl.convert_layout(alpha, gl.SliceLayout(1, accumulator(DV)))[:, None]
-
-
-@gluon.jit
 def _walk(o, l, m, p16, q, n, span, pipes, rows, change, MASKED: gl.constexpr):
     """The key tiles after an item's first: the products of tile n - 1 with V run under the exponentials of tile n.
 
@@ -211,17 +202,15 @@ def _walk(o, l, m, p16, q, n, span, pipes, rows, change, MASKED: gl.constexpr):
         bias = pipes.load_bias(n, bias, rows.WG)
         s = warpgroup_mma_wait(1, deps=(s,))
         pipes.keys.release(n)
-        p, l, m, shrink = _weights(s, l, m, rows, change, key, bias, masked, pipes.DV, MASKED)
-        # ptxas moves the wait for a product up to the last branch before it: without one, above the exponentials that
-        # should run under the product. The wait for V_n, which the next step needs, is such a branch.
-        if pipes.OVERLAP:
-            pipes.values.await_full(n)
+        s, unit = scores(s, rows, change, key, bias, masked, MASKED)
+        p, m, l, alpha = weigh(s, unit, m, l, pipes.PIECES)
+        if change.DROPOUT:
+            p = drop(p, rows, change, key)
         o = warpgroup_mma_wait(0, deps=(running,))
         pipes.values.release(n - 1)
-        if not pipes.OVERLAP:
-            pipes.values.await_full(n)
+        pipes.values.await_full(n)
         p16 = pipes.operand(p, q.dtype)
-        o = o * shrink
+        o = shrink(o, alpha)
         n += 1
     return o, l, m, p16, n
 
@@ -236,8 +225,8 @@ def _attend(q, n, span, pipes, rows, change, m, KIND: gl.constexpr):
     bias = pipes.load_bias(n, bias, rows.WG)
     s = warpgroup_mma_wait(0, deps=(s,))
     pipes.keys.release(n)
-    p, m, _ = weigh(s, m, rows, change, key, bias, True, change.RAGGED)
-    l = partial_sums(p)
+    s, unit = scores(s, rows, change, key, bias, True, change.RAGGED)
+    p, m, l = begin(s, unit, m)
     if change.DROPOUT:
         p = drop(p, rows, change, key)
     p16 = pipes.operand(p, q.dtype)
@@ -268,6 +257,7 @@ def _item(o_desc, lse, work, n, b, h, first_row, span, q_len, pipes, shapes, cha
     rows = Rows(mine, row, begin, end, q_len, k_len, b * shapes.heads + h, bias, slope, low, high, offset, WG)
     m = gl.full([64], 0.0, gl.float32, S_ROWS) + sink
     o, l, m, p16, n = _attend(pipes.query(work, WG), n, span, pipes, rows, change, m, shapes.KIND)
+    m = gl.convert_layout(gl.max(m, 1), S_ROWS)
     if not pipes.SHARED:
         pipes.queries.release(work)
     running = pipes.issue_output(p16, n - 1, o)
@@ -352,14 +342,15 @@ def forward_kernel(
     KIND: gl.constexpr, LEFT: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, BIAS: gl.constexpr,
     BIAS_ALIGN: gl.constexpr, BIAS_STEP: gl.constexpr, BIAS_TILES: gl.constexpr, SINKS: gl.constexpr,
     DROPOUT: gl.constexpr, FOLD: gl.constexpr, RAGGED: gl.constexpr, SINGLE: gl.constexpr, PAIRED: gl.constexpr,
-    BATCH_FIRST: gl.constexpr, QUERY_STAGES: gl.constexpr, OVERLAP: gl.constexpr, STRIPS: gl.constexpr,
+    COUNTED: gl.constexpr, BATCH_FIRST: gl.constexpr, QUERY_STAGES: gl.constexpr, PIECES: gl.constexpr,
+    STRIPS: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
     D: gl.constexpr = q_desc.block_type.shape[-1]
     DV: gl.constexpr = o_desc.block_type.shape[-1]
     shapes = Shapes(
         cu_q, cu_k, lo, hi, mailbox, batch, heads, group, max_q, max_k, total_q, total_k, tiles, programs, section,
-        left, right, stride_tb, VARLEN, KIND, PAIRED, BATCH_FIRST, GROUPS * 64, BLOCK_N,
+        left, right, stride_tb, VARLEN, KIND, PAIRED, COUNTED, BATCH_FIRST, GROUPS * 64, BLOCK_N,
     )  # fmt: skip
     change = Change(
         bias, slopes, sinks, rng, stride_bb, stride_bh, stride_bm, stride_sb, scale, softcap, threshold, keep_scale,
@@ -376,12 +367,24 @@ def forward_kernel(
     if BIAS_TILES:
         biases = gl.allocate_shared_memory(dtype, [STAGES * GROUPS, 64, BLOCK_N], swizzled(2, BLOCK_N))
     pipes = Pipes(
-        queries, places(QUERY_STAGES), keys, values, biases, outputs, GROUPS, BLOCK_N, DIM, DV, SHARED, OVERLAP,
+        queries, places(QUERY_STAGES), keys, values, biases, outputs, GROUPS, BLOCK_N, DIM, DV, SHARED, PIECES,
         STRIPS, BIAS_TILES,
     )  # fmt: skip
     fence_async_shared()
     barrier()
-    if GROUPS == 3:
+    if GROUPS == 4:
+        gl.warp_specialize(
+            [
+                (_consumer, (o_desc, out, lse, stride_om, stride_oh, pipes, shapes, change, 0, DIM_V)),
+                (_consumer, (o_desc, out, lse, stride_om, stride_oh, pipes, shapes, change, 1, DIM_V)),
+                (_consumer, (o_desc, out, lse, stride_om, stride_oh, pipes, shapes, change, 2, DIM_V)),
+                (_consumer, (o_desc, out, lse, stride_om, stride_oh, pipes, shapes, change, 3, DIM_V)),
+                (_producer, (q_desc, k_desc, v_desc, bias_desc, counter, pipes, shapes, change)),
+            ],
+            [4, 4, 4, 4],
+            [CONSUMER_REGISTERS, CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+        )
+    elif GROUPS == 3:
         gl.warp_specialize(
             [
                 (_consumer, (o_desc, out, lse, stride_om, stride_oh, pipes, shapes, change, 0, DIM_V)),

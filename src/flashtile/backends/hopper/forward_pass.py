@@ -15,9 +15,12 @@ from flashtile.problem import Call, Problem
 
 # Keys and values of the heads that programs walk through side by side. Twice as many are in use where sections meet,
 # and queries and outputs pass through the cache too: full, D=128, 1024: 599 TFLOP/s with 8 MB against 566 with 25.
-# Items that differ want a wide section to even them out: a window of 4096 of 8192 keys 539 with 25 MB against 505.
+# Items that differ want a wider section to even them out: a window of 4096 of 8192 keys 722 us with 16 MB, 731 with 8,
+# 772 with 25.
 _SECTION_BYTES = 8 * 2**20
-_WIDE_SECTION_BYTES = 25 * 2**20
+_WIDE_SECTION_BYTES = 16 * 2**20
+
+_MANY_ROWS = 1024
 
 
 def forward(problem: Problem, call: Call, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -31,7 +34,7 @@ def forward(problem: Problem, call: Call, out: Tensor | None = None) -> tuple[Te
     if not launches.fit:
         q, k, v = map(descriptors.aligned, (q, k, v))
         written = descriptors.writable(out)
-    counter = lse.new_zeros(1, dtype=torch.int32) if problem.varlen else lse
+    counter = lse.new_zeros(1, dtype=torch.int32) if counted(problem) else lse
     bias = bias_by_tma(problem, call)
     variant = (bias is not None,)
     boxed = (q, k, v, written, q if bias is None else bias)
@@ -53,10 +56,25 @@ def _diagonal(problem: Problem) -> int:
     return problem.k_len - problem.q_len + (problem.window_right or 0)
 
 
+def _one_tile_on_diagonal(problem: Problem, config: configs.Config) -> bool:
+    """True where the diagonal crosses one key tile of those that a consumer walks through together with its rows."""
+    rows = 64 if config.strips else 64 * config.groups
+    return config.block_n % rows == 0 and _diagonal(problem) % rows == 0
+
+
 def _even(problem: Problem) -> bool:
     """True where items are nearly alike, or are not shared out beforehand."""
     short_window = problem.window_left is not None and 8 * problem.window_left <= problem.k_len
     return problem.varlen or arguments.mask_kind(problem) == "none" or short_window
+
+
+def counted(problem: Problem) -> bool:
+    """True where programs take their items from a counter in memory: packed sequences, and where few items for each,
+    or a mask's left end, leave shares laid out beforehand uneven by more than clearing the counter costs.
+    """
+    masked = arguments.mask_kind(problem) != "none"
+    uneven = problem.window_left is not None or problem.table or max(problem.qk_dim, problem.v_dim) > 128
+    return problem.varlen or (masked and uneven and problem.q_len >= _MANY_ROWS)
 
 
 def prepare(problem: Problem, call: Call, boxed: tuple[Tensor, ...], variant: tuple[Any, ...]) -> launch.Plan:
@@ -68,11 +86,12 @@ def prepare(problem: Problem, call: Call, boxed: tuple[Tensor, ...], variant: tu
     out = boxed[3]
     biases, _ = arguments.bias_strides(problem, {"b": call.bias})
     falling = arguments.mask_kind(problem) == "band" and problem.window_left is None and not problem.varlen
-    # Few heads stream their keys and values side by side well enough; the order forth and back is the finer one.
-    paired = falling and programs > 32
-    even = paired or _even(problem)
-    section = arguments.section(problem, problem.k_len, problem.group, _SECTION_BYTES if even else _WIDE_SECTION_BYTES)
-    if falling and not paired:
+    taken = counted(problem)
+    paired = falling and programs > 32 and not taken
+    room = _SECTION_BYTES if paired or _even(problem) else _WIDE_SECTION_BYTES
+    section = arguments.section(problem, problem.k_len, problem.group, room)
+    if falling and not paired and not taken:
+        # Few heads stream their keys and values side by side well enough; the order forth and back is the finer one.
         section = max(section, programs)
     values: dict[str, Any] = {
         **arguments.scalars(problem, call),
@@ -86,6 +105,7 @@ def prepare(problem: Problem, call: Call, boxed: tuple[Tensor, ...], variant: tu
         "programs": programs,
         "section": section,
         "PAIRED": paired,
+        "COUNTED": taken,
         "BATCH_FIRST": variant[0] and not problem.varlen and boxed[4].shape[0] < problem.batch,
         "GROUPS": config.groups,
         "BLOCK_N": config.block_n,
@@ -93,9 +113,9 @@ def prepare(problem: Problem, call: Call, boxed: tuple[Tensor, ...], variant: tu
         "SHARED": config.shared and configs.width(problem.qk_dim) == configs.width(problem.v_dim),
         # Where every row sees all keys and they fill whole tiles, nothing is ever masked.
         "RAGGED": problem.varlen or arguments.mask_kind(problem) != "none" or problem.k_len % config.block_n > 0,
-        "SINGLE": falling and 64 * config.groups == config.block_n and _diagonal(problem) % config.block_n == 0,
+        "SINGLE": falling and _one_tile_on_diagonal(problem, config),
         "QUERY_STAGES": config.query_stages,
-        "OVERLAP": config.overlap,
+        "PIECES": config.pieces,
         "STRIPS": config.strips,
         "CONSUMER_REGISTERS": config.registers[0],
         "PRODUCER_REGISTERS": config.registers[1],

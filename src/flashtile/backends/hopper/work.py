@@ -34,6 +34,7 @@ class Shapes:
     VARLEN: gl.constexpr
     KIND: gl.constexpr
     PAIRED: gl.constexpr
+    COUNTED: gl.constexpr
     BATCH_FIRST: gl.constexpr
     BLOCK_M: gl.constexpr
     BLOCK_N: gl.constexpr
@@ -58,6 +59,17 @@ class Shapes:
             item = turn * width + gl.where((turn % 2 == 1) & whole, width - 1 - own, own)
             tile, bh = place(item, self.tiles, self.programs, self.section)
             tile = self.tiles - 1 - tile
+        return self.of_head(tile, bh)
+
+    @gluon.jit
+    def at(self, item):
+        """(tile, batch, head) of an item; within a section of heads the longest come first."""
+        tile, bh = place(item, self.tiles, self.programs, self.section)
+        return self.of_head(self.tiles - 1 - tile, bh)
+
+    @gluon.jit
+    def of_head(self, tile, bh):
+        """(tile, batch, head) of a tile of head bh, counted over the batch."""
         if self.BATCH_FIRST:
             return tile, bh % self.batch, bh // self.batch
         else:
@@ -75,22 +87,32 @@ class Shapes:
         """(turn, tile, sequence, head, items of the sequences before it) of this program's first item; no item where
         the tile is below 0.
 
-        Packed sequences differ too much in length for their items to be shared out beforehand: turn is the item's
-        number among those of all programs, and who is free takes the next one.
+        COUNTED: items differ too much to be shared out beforehand, so who is free takes the next one. Packed sequences
+        are such.
         """
         zero = gl.to_tensor(0)
-        if self.VARLEN:
-            return self.find(gl.program_id(0), zero, zero)
+        if self.COUNTED:
+            return self.take(gl.program_id(0), zero, zero)
         else:
             return self.seek(zero)
 
     @gluon.jit
     def next(self, turn, b, before, counter):
         """As `start`, of the item after."""
-        if self.VARLEN:
-            return self.find(gl.num_programs(0) + gl.atomic_add(counter, 1, sem="relaxed"), b, before)
+        if self.COUNTED:
+            return self.take(gl.num_programs(0) + gl.atomic_add(counter, 1, sem="relaxed"), b, before)
         else:
             return self.seek(turn + 1)
+
+    @gluon.jit
+    def take(self, item, b, before):
+        """The item with a number among those of all programs."""
+        if self.VARLEN:
+            return self.find(item, b, before)
+        else:
+            tile, b, h = self.at(gl.minimum(item, self.tiles * self.programs - 1))
+            tile = gl.where(item < self.tiles * self.programs, tile, -1)
+            return gl.to_tensor(0), tile, b, h, before
 
     @gluon.jit
     def seek(self, turn):

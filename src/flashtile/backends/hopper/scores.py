@@ -1,4 +1,4 @@
-"""From a tile of raw products in registers to the weights P of the second product, online (FlashAttention-2, 3.1)."""
+"""From a tile of raw products in registers to scores, and from weights to those that dropout keeps."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -42,15 +42,14 @@ def _hide(s, rows, key, LEFT: gl.constexpr):
 
 
 @gluon.jit
-def weigh(s, m, rows, change, key, bias, masked, MASKED: gl.constexpr):
-    """(P, its rows' new maxima, what earlier sums shrink by) of raw products, all in base 2.
+def scores(s, rows, change, key, bias, masked, MASKED: gl.constexpr):
+    """(S, unit) of raw products: scores in base 2 are S times unit, a positive factor that is left to the exponent.
 
     masked: whether some keys of this tile are hidden; MASKED: whether they are of any.
     """
     BLOCK_N: gl.constexpr = s.shape[1]
     col = key + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, accumulator(BLOCK_N)))
-    # A positive factor of all scores is left to the exponent: the maximum of what it multiplies, scaled once per row.
-    unit = 1.0
+    unit = gl.to_tensor(1.0)
     if change.FOLD:
         unit = change.scale * LOG2E
     elif change.SOFTCAP != "none" and not change.ALIBI and change.BIAS == "none":
@@ -58,7 +57,7 @@ def weigh(s, m, rows, change, key, bias, masked, MASKED: gl.constexpr):
         unit = change.softcap * LOG2E
     elif change.SOFTCAP == "none" and not change.ALIBI and change.BIAS == "additive":
         s = s * change.scale + bias.to(gl.float32)
-        unit = LOG2E
+        unit = gl.to_tensor(LOG2E)
     else:
         s, _ = score(
             s, rows.row[:, None], col[None, :], rows.k_len - rows.q_len, change.scale, change.softcap, rows.slope,
@@ -67,12 +66,7 @@ def weigh(s, m, rows, change, key, bias, masked, MASKED: gl.constexpr):
     if MASKED:
         if masked:
             s = _hide(s, rows, key, change.LEFT)
-    m_new = gl.maximum(m, gl.max(s, 1) * unit)
-    base = m_new
-    if MASKED or change.BIAS != "none":
-        base = gl.where(m_new == MINUS_INFINITY, 0.0, m_new)
-    p = gl.exp2(s * unit - base[:, None])
-    return p, m_new, gl.exp2(m - base)
+    return s, unit
 
 
 # Two values at once, kept where their half w of the random word is at least the threshold b. The halves are compared

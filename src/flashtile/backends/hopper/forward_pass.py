@@ -72,9 +72,12 @@ def counted(problem: Problem) -> bool:
     """True where programs take their items from a counter in memory: packed sequences, and where few items for each,
     or a mask's left end, leave shares laid out beforehand uneven by more than clearing the counter costs.
     """
-    masked = arguments.mask_kind(problem) != "none"
-    uneven = problem.window_left is not None or problem.table or max(problem.qk_dim, problem.v_dim) > 128
-    return problem.varlen or (masked and uneven and problem.q_len >= _MANY_ROWS)
+    return problem.varlen or (problem.q_len >= _MANY_ROWS and _uneven(problem))
+
+
+def _uneven(problem: Problem) -> bool:
+    wide = max(problem.qk_dim, problem.v_dim) > 128
+    return problem.window_left is not None or problem.table or (wide and problem.window_right is not None)
 
 
 def prepare(problem: Problem, call: Call, boxed: tuple[Tensor, ...], variant: tuple[Any, ...]) -> launch.Plan:

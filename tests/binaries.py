@@ -107,6 +107,16 @@ def spills_in_steps(text: str) -> int:
     return sum(len(re.findall(r"\b(?:LDL|STL)\b", line)) for start, end in steps for line in lines[start:end])
 
 
+def scores_in_order(ptx: str) -> bool:
+    """Whether the online softmax, which tells rows by the order of elements, gets a product's registers in their order.
+
+    Holds where nothing stands between the two: of kernels without a mask and without features.
+    """
+    blocks = re.findall(r"mov\.f32 m0, %\w+;.*?vote\.sync\.any", ptx, re.DOTALL)
+    found = [[int(n) for n in re.findall(r"fma\.rn\.f32 \S+, %[a-z]+(\d+), %\w+, base\d;", block)] for block in blocks]
+    return bool(found) and all(numbers == list(range(numbers[0], numbers[0] + len(numbers))) for numbers in found)
+
+
 def serialized(ptx: str) -> list[str]:
     """ptxas's words, C7510 to C7519, where it waits for products or runs them one by one without having been told."""
     from triton.backends.nvidia.compiler import get_ptxas  # newer releases ship two of them
@@ -132,6 +142,7 @@ def describe_hopper(kernel: Any) -> dict[str, Any]:
         "products": products(asm["cubin"]),
         "serialized": serialized(asm["ptx"]),
         "spills_in_steps": spills_in_steps(assembly(asm["cubin"])),
+        "scores_in_order": scores_in_order(asm["ptx"]),
     }
 
 

@@ -92,6 +92,8 @@ def check_hopper(rows: list[dict[str, Any]], mode: str, version: str | None = No
         assert row["spills"] <= known_hopper_spills(row["kernel"], row["problem"], version), f"spills: {row}"
         steps = HOPPER_SPILLS_IN_STEPS.get(version or "", 0)
         assert row["kernel"] != "forward" or row["spills_in_steps"] <= steps, f"spills in steps: {row}"
+        plain = row["kernel"] == "forward" and row["problem"].endswith("float16 cuda")
+        assert row["scores_in_order"] or not plain, f"scores: {row}"
         assert row["shared"] <= SHARED_MEMORY["sm_90"], f"shared memory: {row}"
         assert row["products"] > 0 or row["kernel"] != mode, f"no products: {row}"
         assert not row["serialized"], f"serialized: {row}"
@@ -120,6 +122,7 @@ def test_hopper_kernels(version: str | None, mode: str) -> None:
     [
         ({"spills": 72}, "spills: "),
         ({"spills_in_steps": 1}, "spills in steps"),
+        ({"scores_in_order": False}, "scores: "),
         ({"shared": 2**18}, "shared memory"),
         ({"products": 0}, "no products"),
         ({"serialized": ["(C7510) Potential Performance Loss"]}, "serialized"),
@@ -128,10 +131,11 @@ def test_hopper_kernels(version: str | None, mode: str) -> None:
 def test_a_bad_hopper_kernel_is_caught(wrong: dict[str, Any], message: str) -> None:
     good = {
         "kernel": "forward",
-        "problem": "",
+        "problem": "b2 q8192 k8192 h16/4 d128 bfloat16 cuda",
         "registers": 168,
         "spills": 0,
         "spills_in_steps": 0,
+        "scores_in_order": True,
         "shared": 1024,
         "products": 8,
         "serialized": [],
@@ -139,6 +143,13 @@ def test_a_bad_hopper_kernel_is_caught(wrong: dict[str, Any], message: str) -> N
     check_hopper([good], "forward")
     with pytest.raises(AssertionError, match=message):
         check_hopper([{**good, **wrong}], "forward")
+
+
+def test_scores_out_of_order_are_noticed() -> None:
+    ptx = "mov.f32 m0, %r9; fma.rn.f32 %r1, %r20, %r3, base0; fma.rn.f32 %r2, %r21, %r3, base1; vote.sync.any.pred far"
+    assert binaries.scores_in_order(ptx)
+    assert not binaries.scores_in_order(ptx.replace("%r21", "%r22"))
+    assert not binaries.scores_in_order("")
 
 
 def test_spills_in_steps_are_told_from_those_around_them() -> None:

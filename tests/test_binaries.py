@@ -71,9 +71,9 @@ def check(rows: list[dict[str, Any]], target: str, dim: int) -> None:
 HOPPER_BACKWARD_SPILLS = {"softcap": 1400, "dropout": 450, "": 300}
 
 # Bytes that the Hopper forward spills once an item, around its steps, whose tiles take all registers; in the steps
-# themselves nothing, but with Triton 3.9, whose code needs a few registers more: loads and stores.
-HOPPER_FORWARD_SPILLS = {"3.9.0": 136, "": 64}
-HOPPER_SPILLS_IN_STEPS = {"3.9.0": 84}
+# themselves nothing, but with Triton 3.9 and dropout: loads and stores.
+HOPPER_FORWARD_SPILLS = {"3.9.0": 128, "": 64}
+HOPPER_SPILLS_IN_STEPS = {"3.9.0": 70}
 
 
 def known_hopper_spills(kernel: str, problem: str, version: str | None) -> int:

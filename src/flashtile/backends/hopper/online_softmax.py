@@ -123,10 +123,11 @@ def _weigh_code(COUNT, PIECES):
     for r in (0, 1):
         lines.append(f"mov.f32 m{r}, ${M + 2 * r};")
         lines.append(f"mov.f32 l{r}, ${L + 2 * r};")
-        lines.append(f"neg.f32 base{r}, m{r};")
         lines.append(f"mov.f32 shrunk{r}, 0f3F800000;")
     for k in range(PIECES):
         piece = range(COUNT // PIECES * k, COUNT // PIECES * (k + 1))
+        # Anew for each piece: a row that has seen nothing has base 0 after its search, but must search again.
+        lines.extend(f"neg.f32 base{r}, m{r};" for r in (0, 1))
         weigh_piece(piece)
         lines.append(f"setp.gtu.f32 far, sum0, {limit};")
         lines.append(f"setp.gtu.or.f32 far, sum2, {limit}, far;")

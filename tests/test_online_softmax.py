@@ -1,0 +1,131 @@
+"""The Hopper forward's inline PTX, run for one warp on the CPU: weights, maxima and sums of a tile's 16 rows."""
+
+from __future__ import annotations
+
+import numpy as np
+import ptx
+import pytest
+
+pytest.importorskip("triton")
+
+from flashtile.backends.hopper import online_softmax
+
+UNIT = 0.7
+COLUMNS = 64  # of a tile; a thread holds 32 scores, of columns 2 t and 2 t + 1 of each eight, in rows r and r + 8
+
+
+def threads(tile: np.ndarray) -> list[np.ndarray]:
+    """The registers of a warp that hold [16, columns]: element i of every lane."""
+    lane = np.arange(ptx.LANES)
+    found = []
+    for i in range(tile.shape[1] // 2):
+        column = i // 4 * 8 + lane % 4 * 2 + i % 2
+        found.append(tile[lane // 4 + (i >> 1 & 1) * 8, column].astype(np.float32))
+    return found
+
+
+def tile_of(registers: list[np.ndarray]) -> np.ndarray:
+    """The reverse of `threads`."""
+    lane = np.arange(ptx.LANES)
+    tile = np.empty((16, 2 * len(registers)), np.float32)
+    for i, register in enumerate(registers):
+        tile[lane // 4 + (i >> 1 & 1) * 8, i // 4 * 8 + lane % 4 * 2 + i % 2] = register
+    return tile
+
+
+def by_row(values: np.ndarray, count: int) -> list[np.ndarray]:
+    """A value for each of 16 rows and four threads, as `count` registers of a warp: [16, 4] -> count x [32]."""
+    lane = np.arange(ptx.LANES)
+    return [values[lane // 4 + (i >> 1 & 1) * 8, lane % 4].astype(np.float32) for i in range(count)]
+
+
+def weigh(s: np.ndarray, m: np.ndarray, l: np.ndarray, pieces: int) -> tuple[np.ndarray, ...]:
+    """(P, m [16], l [16, 4], the factor of earlier tiles [16]) of scores [16, COLUMNS]."""
+    count = s.shape[1] // 2
+    code = online_softmax._weigh_code.fn(count, pieces)
+    everywhere = np.full(ptx.LANES, UNIT, np.float32)
+    rows = np.repeat(m[:, None], 4, 1)
+    inputs = [*threads(s), *by_row(rows, count), *by_row(l, count), *[everywhere] * count]
+    outputs = ptx.run(code, 2 * count, inputs)
+    more = outputs[count:]
+    both = [np.concatenate([more[i].reshape(8, 4), more[i + 2].reshape(8, 4)]) for i in (0, 1, 4)]
+    assert (both[0] == both[0][:, :1]).all() or np.isnan(both[0]).any(), "four threads agree on a row's maximum"
+    return tile_of(outputs[:count]), both[0][:, 0], both[1], both[2][:, 0]
+
+
+def check(s: np.ndarray, m: np.ndarray, pieces: int) -> tuple[np.ndarray, ...]:
+    """Weights, sums and factors belong to the maxima that are returned, whatever these are."""
+    l = np.random.default_rng(1).uniform(1, 2, (16, 4)).astype(np.float32)
+    p, found, sums, shrunk = weigh(s, m, l, pieces)
+    base = np.where(np.isneginf(found), 0, found).astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        expected = np.exp2(s.astype(np.float64) * np.float32(UNIT) - base[:, None])
+        factor = np.exp2(m - base)
+    np.testing.assert_allclose(p, expected, rtol=2e-4, atol=1e-30)
+    np.testing.assert_allclose(shrunk, factor, rtol=2e-4, atol=1e-30)
+    own = expected.reshape(16, COLUMNS // 8, 4, 2).sum((1, 3))
+    np.testing.assert_allclose(sums, l * factor[:, None] + own, rtol=2e-4, atol=1e-30)
+    return p, found, sums, shrunk
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 4])
+class TestWeigh:
+    def test_scores_near_the_old_maximum_are_taken_against_it(self, pieces: int) -> None:
+        s = np.random.default_rng(0).normal(0, 3, (16, COLUMNS))
+        m = np.full(16, 4.0, np.float32)
+        _, found, _, shrunk = check(s, m, pieces)
+        np.testing.assert_array_equal(found, m)
+        np.testing.assert_array_equal(shrunk, 1)
+
+    @pytest.mark.parametrize("column", [0, 17, 63])
+    def test_one_score_far_above_it_moves_the_warp_to_its_maximum(self, pieces: int, column: int) -> None:
+        s = np.random.default_rng(0).normal(0, 1, (16, COLUMNS))
+        s[5, column] = 300
+        p, found, _, shrunk = check(s, np.full(16, 2.0, np.float32), pieces)
+        assert found[5] == np.float32(300) * np.float32(UNIT)
+        assert shrunk[5] == 0
+        assert p[5, column] == pytest.approx(1, abs=1e-4)
+
+    def test_maxima_that_grow_from_piece_to_piece(self, pieces: int) -> None:
+        s = np.repeat(np.linspace(0, 400, COLUMNS)[None], 16, 0)
+        p, found, _, _ = check(s, np.full(16, -3.0, np.float32), pieces)
+        assert (p <= 1024).all()
+        np.testing.assert_allclose(found, 400 * UNIT, rtol=1e-6)
+
+    def test_rows_that_have_seen_nothing_yet(self, pieces: int) -> None:
+        s = np.random.default_rng(0).normal(0, 3, (16, COLUMNS))
+        _, found, _, shrunk = check(s, np.full(16, -np.inf, np.float32), pieces)
+        assert np.isfinite(found).all()
+        np.testing.assert_array_equal(shrunk, 0)
+
+    def test_rows_that_see_nothing_here_either(self, pieces: int) -> None:
+        s = np.full((16, COLUMNS), -np.inf)
+        s[:8] = np.random.default_rng(0).normal(0, 3, (8, COLUMNS))
+        p, found, _, _ = check(s, np.full(16, -np.inf, np.float32), pieces)
+        assert np.isneginf(found[8:]).all()
+        assert (p[8:] == 0).all()
+
+    def test_a_row_that_sees_only_the_last_keys(self, pieces: int) -> None:
+        s = np.full((16, COLUMNS), -np.inf)
+        s[:, -3:] = 1
+        _, found, _, _ = check(s, np.full(16, -np.inf, np.float32), pieces)
+        np.testing.assert_allclose(found, UNIT, rtol=1e-6)
+
+    def test_nan_stays_in_its_row(self, pieces: int) -> None:
+        s = np.random.default_rng(0).normal(0, 3, (16, COLUMNS))
+        s[3, 40] = np.nan
+        p, _, sums, _ = weigh(s, np.zeros(16, np.float32), np.ones((16, 4), np.float32), pieces)
+        assert np.isnan(sums[3]).any()
+        assert np.isnan(p[3, 40])
+        assert np.isfinite(np.delete(sums, 3, 0)).all()
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_shrink(moved: bool) -> None:
+    o = np.random.default_rng(0).normal(0, 1, (16, COLUMNS)).astype(np.float32)
+    by = np.ones((16, 4), np.float32)
+    if moved:
+        by[9] = 0.25
+    count = COLUMNS // 2
+    outputs = ptx.run(online_softmax._shrink_code.fn(count), count, [*threads(o), *by_row(by, count)])
+    np.testing.assert_array_equal(tile_of(outputs), o * by[:, :1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -130,6 +131,46 @@ def test_few_items_of_256_rows_become_items_of_128(batch: int, heads: int, group
     problem = replace(PLAIN, batch=batch, q_heads=heads, kv_heads=heads, qk_dim=64, v_dim=64)
     config = configs.forward(problem)
     assert config is not None and config.groups == groups
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"window_right": 0}, False),
+        ({"window_right": 0, "qk_dim": 256, "v_dim": 256}, True),
+        ({"qk_dim": 256, "v_dim": 256}, False),
+        ({"window_right": 0, "window_left": 100}, True),
+        ({"window_right": 0, "window_left": 100, "q_len": 512, "k_len": 512}, False),
+        ({"table": True}, True),
+        ({"varlen": True, "total_q": 64, "total_k": 64, "q_len": 64, "k_len": 64}, True),
+    ],
+)
+def test_uneven_items_come_from_a_counter(changes: dict[str, Any], expected: bool) -> None:
+    from flashtile.backends.hopper import forward_pass
+
+    assert forward_pass.counted(replace(PLAIN, **changes)) is expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, True),
+        ({"k_len": 4096 + 128}, True),
+        ({"k_len": 4096 + 64}, False),
+        ({"window_right": 128}, True),
+        ({"window_right": 1}, False),
+        ({"qk_dim": 64, "v_dim": 64, "k_len": 4096 + 64}, True),
+        ({"qk_dim": 256, "v_dim": 256, "k_len": 4096 + 64}, True),
+        ({"qk_dim": 256, "v_dim": 256, "k_len": 4096 + 32}, False),
+    ],
+)
+def test_the_diagonal_crosses_one_tile_where_it_begins_at_a_tile(changes: dict[str, Any], expected: bool) -> None:
+    from flashtile.backends.hopper import forward_pass
+
+    problem = replace(PLAIN, **{"window_right": 0, **changes})
+    config = configs.forward(problem)
+    assert config is not None
+    assert forward_pass._one_tile_on_diagonal(problem, config) is expected
 
 
 def test_heavier_calls_get_smaller_tiles() -> None:

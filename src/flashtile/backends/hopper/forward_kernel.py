@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from flashtile.backends.hopper.bias_tiles import axis, load_tile
 from flashtile.backends.hopper.descriptors import load_rows, store_rows, swizzled
 from flashtile.backends.hopper.dialect import aggregate, barrier
-from flashtile.backends.hopper.online_softmax import begin, shrink, weigh
+from flashtile.backends.hopper.online_softmax import shrink, weigh, weigh_first
 from flashtile.backends.hopper.rings import Ring, barriers, ring
 from flashtile.backends.hopper.scores import MINUS_INFINITY, drop, load_bias, scores
 from flashtile.backends.hopper.tiles import accumulator, left_operand, row_products
@@ -206,6 +206,7 @@ def _walk(o, l, m, p16, q, n, span, pipes, rows, change, MASKED: gl.constexpr):
         p, m, l, alpha = weigh(s, unit, m, l, pipes.PIECES)
         if change.DROPOUT:
             p = drop(p, rows, change, key)
+        # ptxas moves this wait up to the last branch before it. That is in weigh, below the exponentials.
         o = warpgroup_mma_wait(0, deps=(running,))
         pipes.values.release(n - 1)
         pipes.values.await_full(n)
@@ -226,7 +227,7 @@ def _attend(q, n, span, pipes, rows, change, m, KIND: gl.constexpr):
     s = warpgroup_mma_wait(0, deps=(s,))
     pipes.keys.release(n)
     s, unit = scores(s, rows, change, key, bias, True, change.RAGGED)
-    p, m, l = begin(s, unit, m)
+    p, m, l = weigh_first(s, unit, m)
     if change.DROPOUT:
         p = drop(p, rows, change, key)
     p16 = pipes.operand(p, q.dtype)

@@ -17,7 +17,7 @@ from flashtile.backends.hopper.tiles import accumulator, partial_sums
 
 
 @gluon.jit
-def begin(s, unit, m):
+def weigh_first(s, unit, m):
     """(P, m, l) of an item's first tile, scores of which are s times unit; m [64]: the logits of sinks, or -inf."""
     m = gl.maximum(m, gl.max(s, 1) * unit)
     p = gl.exp2(s * unit - gl.where(m == float("-inf"), 0.0, m)[:, None])

@@ -64,6 +64,7 @@ def hopper_problems(few: bool) -> Iterator[Problem]:
         yield replace(plain, qk_dim=dim, v_dim=dim)
     for dim in (64, 128):
         yield replace(plain, qk_dim=dim, v_dim=dim, dtype=torch.float16)
+    yield replace(plain, qk_dim=64, v_dim=64, q_len=16384, k_len=16384)
     for dim, v_dim in ((96, 96), (192, 128)):
         yield replace(causal, qk_dim=dim, v_dim=v_dim)
     yield replace(causal, dropout_p=0.1, dtype=torch.float16)

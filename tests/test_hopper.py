@@ -173,6 +173,12 @@ def test_the_diagonal_crosses_one_tile_where_it_begins_at_a_tile(changes: dict[s
     assert forward_pass._one_tile_on_diagonal(problem, config) is expected
 
 
+@pytest.mark.parametrize(("rows", "groups"), [(16384, 3), (16383, 4)])
+def test_long_calls_of_narrow_heads_get_wider_tiles(rows: int, groups: int) -> None:
+    config = configs.forward(replace(PLAIN, qk_dim=64, v_dim=64, q_len=rows, k_len=rows))
+    assert config is not None and config.groups == groups
+
+
 def test_heavier_calls_get_smaller_tiles() -> None:
     plain = configs.forward(PLAIN)
     heavy = configs.forward(replace(PLAIN, bias="additive", bias_shape=(1, 1, 4096, 4096)))

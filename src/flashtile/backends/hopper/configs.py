@@ -57,6 +57,10 @@ def _few_rounds(problem: Problem) -> bool:
     return _no_diagonal(problem) and not problem.varlen and four <= 4 and 0.57 * _rounds(problem, 2) < 0.97 * four
 
 
+def _long_without_diagonal(problem: Problem) -> bool:
+    return _no_diagonal(problem) and not problem.varlen and min(problem.q_len, problem.k_len) >= 16384
+
+
 def _softcap_alone(problem: Problem) -> bool:
     return problem.softcap > 0 and not problem.varlen and not _left(problem)
 
@@ -101,6 +105,8 @@ _FOUR = (112, 24)
 FORWARD = (
     # 2 x 10 heads of 4096, full: 463, four groups 442
     Row(64, 0, Config(2, 128, 3, _TWO, query_stages=2, pieces=2), _few_rounds),
+    # full 544 at 16384, four groups of 64 keys 531; at 4096 502 and 539
+    Row(64, 0, Config(3, 128, 4, _THREE, query_stages=2, pieces=4), _long_without_diagonal),
     # full 539 at 4096, three groups of 64 keys 472, of 128 keys 502, two groups of 128 keys 449
     Row(64, 0, Config(4, 64, 4, _FOUR, query_stages=2, strips=True, pieces=2), _dense_without_left),
     # window 1761 (of full), four groups 1615; dropout 302 and 243; softcap 370 and 374, which spills

@@ -31,7 +31,9 @@ def _step(line: str, registers: dict[str, np.ndarray]) -> str | None:
     """Executes a line; the label to go on at, if it is a branch that is taken."""
     if line.endswith(":"):
         return None
-    guard, operation, operands = re.fullmatch(r"(?:@!(\w+) )?([\w.]+) (.*)", line).groups()  # type: ignore[union-attr]
+    parts = re.fullmatch(r"(?:@!(\w+) )?([\w.]+) (.*)", line)
+    assert parts is not None, line
+    guard, operation, operands = parts.groups()
     if operation == "bra.uni":
         taken = ~registers[guard]
         assert taken.all() or not taken.any(), "a branch that not all lanes take is not uniform"

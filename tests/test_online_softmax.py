@@ -49,7 +49,7 @@ def weigh(s: np.ndarray, m: np.ndarray, l: np.ndarray, pieces: int) -> tuple[np.
     outputs = ptx.run(code, 2 * count, inputs)
     more = outputs[count:]
     both = [np.concatenate([more[i].reshape(8, 4), more[i + 2].reshape(8, 4)]) for i in (0, 1, 4)]
-    assert (both[0] == both[0][:, :1]).all() or np.isnan(both[0]).any(), "four threads agree on a row's maximum"
+    assert (both[0] == both[0][:, :1]).all(), "four threads agree on a row's maximum"
     return tile_of(outputs[:count]), both[0][:, 0], both[1], both[2][:, 0]
 
 

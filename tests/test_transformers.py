@@ -9,14 +9,15 @@ import torch
 from oracle import standard
 from torch import Tensor, nn
 
-transformers = pytest.importorskip("transformers", minversion="5")
+pytest.importorskip("transformers", minversion="5")
 
-from tiny_models import MODELS, make, padding, tokens  # noqa: E402
-from transformers.masking_utils import sdpa_mask  # noqa: E402
+import transformers
+from tiny_models import MODELS, make, padding, tokens
+from transformers.masking_utils import sdpa_mask
 
-from flashtile import ops  # noqa: E402
-from flashtile.integrations.transformers import register  # noqa: E402
-from flashtile.problem import Call  # noqa: E402
+from flashtile import ops
+from flashtile.integrations.transformers import register
+from flashtile.problem import Call
 
 # transformers' own, about what it will change one day.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")

@@ -14,13 +14,14 @@ from process import fresh_process
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-transformers = pytest.importorskip("transformers", minversion="5")
+pytest.importorskip("transformers", minversion="5")
 
-from tiny_models import MODELS, make, padding, tokens  # noqa: E402
+import transformers
+from tiny_models import MODELS, make, padding, tokens
 
-import flashtile  # noqa: E402
-from flashtile.integrations.transformers import attention_forward, register  # noqa: E402
-from flashtile.integrations.transformers_masks import attention_mask_for  # noqa: E402
+import flashtile
+from flashtile.integrations.transformers import attention_forward, register
+from flashtile.integrations.transformers_masks import attention_mask_for
 
 register()
 

@@ -109,12 +109,13 @@ FORWARD = (
     Row(64, 0, Config(3, 128, 4, _THREE, query_stages=2, pieces=4), _long_without_diagonal),
     # full 539 at 4096, three groups of 64 keys 472, of 128 keys 502, two groups of 128 keys 449
     Row(64, 0, Config(4, 64, 4, _FOUR, query_stages=2, strips=True, pieces=2), _dense_without_left),
-    # window 1761 (of full), four groups 1615; dropout 302 and 243; softcap 370 and 374, which spills
+    # window of 1024: 312 us, four groups 340; dropout 302 and 243; softcap 369 and 374, which spills
     Row(64, 1, Config(3, 64, 4, _THREE, query_stages=2, strips=True)),
     Row(64, 9, Config(3, 64, 3, _THREE, query_stages=2, strips=True)),  # tiles of a bias need room
     Row(128, 0, Config(2, 128, 2, _TWO, query_stages=2), _without_left),  # full 709 at 16384, two pieces 696
     Row(128, 0, Config(2, 128, 2, _TWO, query_stages=2, pieces=2)),  # one piece spills
-    Row(128, 1, Config(3, 64, 4, _THREE, shared=True, strips=True, pieces=2), _softcap_alone),  # 577, two groups 539
+    # softcap in one piece 577, two groups of 128 keys 539
+    Row(128, 1, Config(3, 64, 4, _THREE, shared=True, strips=True, pieces=2), _softcap_alone),
     Row(128, 1, Config(2, 128, 2, _TWO, query_stages=2, pieces=2)),  # dropout 427, 64 keys 393; ALiBi 584
     Row(128, 2, Config(2, 128, 2, _TWO, shared=True, pieces=2), bias_tiles=True),  # bias 468, 64 keys 367
     Row(128, 3, Config(2, 64, 3, _TWO, shared=True, query_stages=2), _without_left, bias_tiles=True),  # more spill

@@ -396,7 +396,7 @@ def forward_kernel(
             [4, 4, 4],
             [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS],
         )
-    elif GROUPS == 2:
+    else:
         gl.warp_specialize(
             [
                 (_consumer, (o_desc, out, lse, stride_om, stride_oh, pipes, shapes, change, 0, DIM_V)),
@@ -405,13 +405,4 @@ def forward_kernel(
             ],
             [4, 4],
             [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
-        )
-    else:
-        gl.warp_specialize(
-            [
-                (_consumer, (o_desc, out, lse, stride_om, stride_oh, pipes, shapes, change, 0, DIM_V)),
-                (_producer, (q_desc, k_desc, v_desc, bias_desc, counter, pipes, shapes, change)),
-            ],
-            [4],
-            [PRODUCER_REGISTERS],
         )

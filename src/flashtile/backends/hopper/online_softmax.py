@@ -13,6 +13,7 @@ a row, equal in m, and in l each thread's own part of the sum.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from flashtile.backends.hopper.scores import MINUS_INFINITY
 from flashtile.backends.hopper.tiles import accumulator, partial_sums
 
 
@@ -20,7 +21,7 @@ from flashtile.backends.hopper.tiles import accumulator, partial_sums
 def weigh_first(s, unit, m):
     """(P, m, l) of an item's first tile, scores of which are s times unit; m [64]: the logits of sinks, or -inf."""
     m = gl.maximum(m, gl.max(s, 1) * unit)
-    p = gl.exp2(s * unit - gl.where(m == float("-inf"), 0.0, m)[:, None])
+    p = gl.exp2(s * unit - gl.where(m == MINUS_INFINITY, 0.0, m)[:, None])
     l = partial_sums(p)
     m, _ = gl.broadcast(gl.convert_layout(m, gl.SliceLayout(1, l.type.layout))[:, None], l)
     return p, m, l
@@ -33,10 +34,11 @@ def weigh(s, unit, m, l, PIECES: gl.constexpr):
     PIECES: in how many a tile is weighed. Scores are kept until their sum has been seen: the more, the fewer registers.
     """
     N: gl.constexpr = s.shape[1]
+    CODE: gl.constexpr = _weigh_code(N // 2, PIECES)
+    OPERANDS: gl.constexpr = _weigh_operands(N // 2)
     p, more = gl.inline_asm_elementwise(
-        _weigh_code(N // 2, PIECES), _weigh_operands(N // 2), [s, _spread(m, N), _spread(l, N), unit],
-        (gl.float32, gl.float32), is_pure=False, pack=N // 2,
-    )  # fmt: skip
+        CODE, OPERANDS, [s, _spread(m, N), _spread(l, N), unit], (gl.float32, gl.float32), is_pure=False, pack=N // 2
+    )
     # What the code leaves in a thread's first eight elements: m and l of both rows, then the factor of both.
     even, odd = gl.split(more.reshape([64, N // 8, 4, 2]))
     m_new, shrunk = _first_two(even)
@@ -77,7 +79,7 @@ def _halvings(K):
     return K.bit_length() - 2
 
 
-# Weights are at most this against the number they are taken from: exact in float32, and far from overflow in float16.
+# No thread keeps weights of a row whose sum is larger: each is far from overflow in float16.
 _LIMIT = gl.constexpr("0f44800000")  # 1024
 
 

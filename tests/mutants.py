@@ -71,8 +71,10 @@ _CLAIM_QUERIES = "        full = pipes.queries.claim(n, QUERY_BYTES + BIAS_BYTES
 _WALK = "    for tile in range(stop - 2, first - 1, -1):"
 _WAIT = "    q = pipes.queries.wait(n)"
 _TAKE_SCORES = "        pipes.scores.await_full(n)"
-_HAND_OVER = "    weights.slot(n).permute((1, 0)).store(handed)"
-_TAKE_OVER = "    p = weights.wait(n).permute((1, 0)).load(LAYOUT)"
+_HAND_OVER = "    pipes.scores_of(n, 0).store(handed)"
+_TAKE_OVER = "    weights.await_full(n)"
+_AWAIT_DONE = "    pipes.await_done(turn)"
+_TAKE_ITEM = "        place, spans = items.take(turn, mask, 1)"
 
 DELAYED = (
     Mutant("late producer", "forward", (before("forward_kernel", _CLAIM_KEYS, "late(n)"),)),
@@ -90,6 +92,8 @@ DELAYED = (
         for w in (0, 1)
     ),
     Mutant("late dq", "backward", (after("backward_kernel", _TAKE_SCORES, "late(n)"),)),
+    Mutant("late gradients", "backward", (before("backward_kernel", _AWAIT_DONE, "late(turn + WG + 1)"),)),
+    Mutant("late items", "backward", (before("backward_kernel", _TAKE_ITEM, "late(turn)"),)),
     Mutant("late wide dq", "backward", (after("backward_kernel", _TAKE_SCORES, "late(n)"),), True),
     Mutant("late weights", "backward", (before("backward_wide", _HAND_OVER, "late(n)"),), True),
     Mutant("late derivatives", "backward", (before("backward_wide", _TAKE_OVER, "late(n)"),), True),
@@ -119,13 +123,19 @@ UNSAFE = (
         (
             before("backward_wide", _HAND_OVER, "sleep(20000)"),
             Edit("backward_wide", "    weights.await_empty(n)\n", "    pass\n"),
-            Edit(
-                "backward_wide",
-                _TAKE_OVER,
-                "    weights.await_empty(n)\n    p = weights.slot(n).permute((1, 0)).load(LAYOUT)",
-            ),
+            Edit("backward_wide", _TAKE_OVER, "    weights.await_empty(n)"),
         ),
         True,
+    ),
+)
+
+# The next item's keys take the place of those that are still being multiplied.
+BETWEEN_ITEMS = Mutant(
+    "no wait for keys to be read",
+    "backward",
+    (
+        Edit("backward_kernel", "ring.claim(turn, ", "ring.expect(turn, "),
+        before("backward_kernel", _TAKE_SCORES, "sleep(2000)"),
     ),
 )
 

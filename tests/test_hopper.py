@@ -179,6 +179,27 @@ def test_long_calls_of_narrow_heads_get_wider_tiles(rows: int, groups: int) -> N
     assert config is not None and config.groups == groups
 
 
+@pytest.mark.parametrize(
+    ("changes", "heads"),
+    [
+        ({}, 1),
+        ({"window_right": 0, "kv_heads": 16}, 4),
+        ({"window_right": 0, "q_len": 8192}, 2),
+        ({"window_right": 0, "q_len": 8192, "k_len": 8192, "qk_dim": 64, "v_dim": 64}, 4),
+        ({"window_right": 0, "kv_heads": 16, "q_len": 8192, "k_len": 8192, "qk_dim": 256, "v_dim": 256}, 1),
+        ({"window_right": 0, "kv_heads": 16, "q_len": 16384, "k_len": 16384}, 1),
+        ({"window_right": 0, "kv_heads": 16, "deterministic": True}, 1),
+        ({"window_right": 0, "deterministic": True}, 2),
+    ],
+)
+def test_heads_whose_keys_start_side_by_side(changes: dict[str, Any], heads: int) -> None:
+    from flashtile.backends.hopper import backward_pass
+
+    problem = replace(PLAIN, **changes)
+    tiles = -(-problem.k_len // backward_configs.pick(problem).block_n)
+    assert backward_pass._section(problem, tiles) == heads
+
+
 def test_heavier_calls_get_smaller_tiles() -> None:
     plain = configs.forward(PLAIN)
     heavy = configs.forward(replace(PLAIN, bias="additive", bias_shape=(1, 1, 4096, 4096)))

@@ -6,6 +6,8 @@ Bits are compared, so the backward is the deterministic one.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import mutants
@@ -16,10 +18,12 @@ from places import on_hopper
 from process import fresh_process
 from torch import Tensor
 
+from flashtile.backends.hopper.configs import MULTIPROCESSORS
 from flashtile.masks import Causal, Window
 from flashtile.testing import Case, build, evaluate
 
 REPEATS = 250
+FEW = 2  # programs, of which each takes several items
 
 # Several tiles of queries and of keys in each, and more turns than the rings have slots.
 CASES = (
@@ -56,15 +60,31 @@ def differing(found: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str
     return [name for name, tensor in expected.items() if not torch.equal(found[name], tensor)]
 
 
+@contextmanager
+def programs(at_most: int) -> Iterator[None]:
+    """Kernels run in so many programs at most."""
+    from flashtile.backends.hopper import launch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "multiprocessors", lambda device: at_most)
+        launch._kinds.clear()
+        try:
+            yield
+        finally:
+            launch._kinds.clear()
+
+
 class TestOnHopper:
     pytestmark = on_gpu
 
     @every_case
-    def test_every_run_gives_the_same_bits(self, case: Case) -> None:
+    @pytest.mark.parametrize("at_most", [FEW, MULTIPROCESSORS])
+    def test_every_run_gives_the_same_bits(self, case: Case, at_most: int) -> None:
         inputs = build(case, torch.bfloat16, "cuda")
         expected = evaluate(case, inputs, "hopper")
-        for _ in range(REPEATS):
-            assert not differing(evaluate(case, inputs, "hopper"), expected)
+        with programs(at_most):
+            for _ in range(REPEATS):
+                assert not differing(evaluate(case, inputs, "hopper"), expected)
 
     @pytest.mark.parametrize(
         ("mutant", "case"),
@@ -77,7 +97,7 @@ class TestOnHopper:
     )
     def test_late_warps_change_nothing(self, mutant: Mutant, case: Case, tmp_path: Path) -> None:
         expected = results(case)
-        with mutants.planted(mutant, tmp_path):
+        with mutants.planted(mutant, tmp_path), programs(FEW):
             assert not differing(results(case), expected)
 
     @pytest.mark.parametrize("mutant", UNSAFE, ids=lambda mutant: mutant.name)
@@ -89,6 +109,14 @@ class TestOnHopper:
         assert set(wrong) >= ({"out", "lse"} if mutant.mode == "forward" else {"dq", "dk"})
         assert not differing(results(case), expected)
 
+    def test_a_missing_wait_between_items_is_seen(self, tmp_path: Path) -> None:
+        case = next(case for case in CASES if case.dim == 128)  # where a warp of its own loads
+        expected = results(case)
+        with mutants.planted(mutants.BETWEEN_ITEMS, tmp_path), programs(FEW):
+            wrong = differing(results(case), expected)
+        assert set(wrong) >= {"dq", "dk", "dv"}
+        assert not differing(results(case), expected)
+
 
 def test_the_comparison_sees_one_bit() -> None:
     zero = {"out": torch.zeros(3), "lse": torch.zeros(2)}
@@ -97,7 +125,7 @@ def test_the_comparison_sees_one_bit() -> None:
     assert differing({**zero, "lse": torch.tensor([0.0, torch.nan])}, zero) == ["lse"]
 
 
-@pytest.mark.parametrize("mutant", [*DELAYED, *UNSAFE], ids=lambda mutant: mutant.name)
+@pytest.mark.parametrize("mutant", [*DELAYED, *UNSAFE, mutants.BETWEEN_ITEMS], ids=lambda mutant: mutant.name)
 def test_every_mutant_can_be_made(mutant: Mutant) -> None:
     """What it replaces stands in today's source, and each copy is Python that differs from the original."""
     texts = mutants.sources(mutant)

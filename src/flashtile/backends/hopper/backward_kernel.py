@@ -1,4 +1,4 @@
-"""Backward on Hopper: each program owns a tile of keys and walks over the query rows that see them.
+"""Backward on Hopper: programs take tiles of keys one after the other, and walk over the query rows that see them.
 
     for each query tile i:   P^T = exp2(K Q_i^T - lse_i)     dP^T = V dO_i^T       dV += P^T dO_i
                              dS^T = P^T (dP^T - delta_i)     dK += dS^T Q_i        dQ_i += dS K
@@ -21,14 +21,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from flashtile.backends.hopper.backward_step import BiasGradient, keys_of, walk
 from flashtile.backends.hopper.backward_wide import consume_keys, consume_values
-from flashtile.backends.hopper.backward_work import KEYS, Mask, Pipes, Scoring, place_of
+from flashtile.backends.hopper.backward_work import KEYS, RECORD, Items, Mask, Pipes, Scoring
 from flashtile.backends.hopper.bias_tiles import axis, load_tile
 from flashtile.backends.hopper.descriptors import load_rows, store_rows, swizzled
 from flashtile.backends.hopper.dialect import aggregate, barrier, load, reduce_add
 from flashtile.backends.hopper.rings import Ring, barriers
 from flashtile.backends.hopper.tiles import accumulator
 from flashtile.gpu.arguments import RUNTIME
-from flashtile.gpu.sequences import place as program_place
 
 RUNTIME = [*RUNTIME, "stride_bb", "stride_bh", "stride_bm", "stride_gb", "stride_gh"]
 
@@ -36,9 +35,9 @@ RUNTIME = [*RUNTIME, "stride_bb", "stride_bh", "stride_bm", "stride_gb", "stride
 @aggregate
 class Sources:
     """What is loaded: query tiles with their rows of lse and delta, tiles of dO and of a bias for each step, keys and
-    values once.
+    values once for an item.
 
-    first, last: the query tiles that the program walks through for each grouped head.
+    first, last: the query tiles that an item walks through for each grouped head.
     """
 
     q: tma.tensor_descriptor
@@ -49,21 +48,15 @@ class Sources:
     bias: tma.tensor_descriptor
     stride_bb: gl.tensor
     stride_bh: gl.tensor
-    first: gl.tensor
-    last: gl.tensor
 
     @gluon.jit
-    def steps(self, place):
-        return (self.last - self.first) * place.group
-
-    @gluon.jit
-    def load_step(self, pipes, place, n):
-        """Starts the copies for step n, once its slot is empty."""
+    def load_step(self, pipes, place, first, last, step, n):
+        """Starts the copies for an item's step number `step`, step n of all, once its slot is empty."""
         BLOCK_M: gl.constexpr = pipes.BLOCK_M
         g = 0
         if pipes.GROUPED:
-            g = n // (self.last - self.first)
-        i = self.first + n - g * (self.last - self.first)
+            g = step // (last - first)
+        i = first + step - g * (last - first)
         h = place.head(g)
         row = i * BLOCK_M
         BIAS_BYTES: gl.constexpr = pipes.GROUPS * self.bias.block_type.nbytes if pipes.BIAS_TILES else 0
@@ -83,33 +76,46 @@ class Sources:
         load_rows(self.do, full, slot, place.b, h, place.q_start, place.q_len, row, place.VARLEN)
 
     @gluon.jit
-    def load_first(self, pipes, place):
-        """Starts the copies for the first step, and of keys and values."""
-        if self.last > self.first:
-            _load_keys(self.k, pipes.loaded.index(0), pipes.keys, place)
-            self.load_step(pipes, place, 0)
-            _load_keys(self.v, pipes.loaded.index(1), pipes.values, place)
+    def load_first(self, pipes, place, first, last, turn, n):
+        """Starts the copies for an item's first step, and of its keys and values once those of the last have left."""
+        if last > first:
+            self.load_step(pipes, place, first, last, 0, n)
+            _load_keys(self.k, pipes.keys, place, turn)
+            _load_keys(self.v, pipes.values, place, turn)
         else:  # keys that nobody sees
-            mbarrier.arrive(pipes.loaded.index(0), count=1)
-            mbarrier.arrive(pipes.loaded.index(1), count=1)
+            pipes.keys.await_empty(turn)
+            pipes.keys.announce(turn)
+            pipes.values.await_empty(turn)
+            pipes.values.announce(turn)
 
 
 @gluon.jit
-def _load_keys(desc, full, tiles, place):
-    """Starts the copy of the program's keys (or values), one tile for each consumer."""
+def _load_keys(desc, ring, place, turn):
+    """Starts the copy of an item's keys (or values), one tile for each consumer."""
     GROUPS: gl.constexpr = place.BLOCK_N // KEYS
-    mbarrier.expect(full, GROUPS * desc.block_type.nbytes)
+    full = ring.claim(turn, GROUPS * desc.block_type.nbytes)
     for w in gl.static_range(GROUPS):
         key = place.first_key + KEYS * w
-        load_rows(desc, full, tiles.index(w), place.b, place.kv_h, place.k_start, place.k_len, key, place.VARLEN)
+        tile = ring.buffers.index(w)
+        load_rows(desc, full, tile, place.b, place.kv_h, place.k_start, place.k_len, key, place.VARLEN)
 
 
 @gluon.jit
-def _load(sources, pipes, place):
-    """Loads whatever the others need."""
-    sources.load_first(pipes, place)
-    for n in range(1, sources.steps(place)):
-        sources.load_step(pipes, place, n)
+def _load(sources, pipes, items, mask):
+    """Takes the program's items, and loads whatever the others need."""
+    n = 0
+    turn = 0
+    place, spans = items.take(turn, mask, 1)
+    while place.tile >= 0:
+        first, last = spans[0][0], spans[pipes.GROUPS - 1][3]
+        sources.load_first(pipes, place, first, last, turn, n)
+        steps = (last - first) * place.group
+        for step in range(1, steps):
+            sources.load_step(pipes, place, first, last, step, n + step)
+        n += steps
+        turn += 1
+        # Only now: an item that waits for its program may be what all others wait for in the end.
+        place, spans = items.take(turn, mask, 1)
 
 
 @aggregate
@@ -172,7 +178,7 @@ def _add(dq_desc, block, n, pipes, FROM: gl.constexpr, TO: gl.constexpr, SENT: g
         running = gl.zeros([64, C], gl.float32, accumulator(C))
         for w in gl.static_range(FROM, TO):
             ds = pipes.scores_of(n, w).slice(part // COLUMNS * 64, 64, dim=1)
-            k = pipes.keys.index(w).slice(part % COLUMNS * C, C, dim=1)
+            k = pipes.key_tile(w).slice(part % COLUMNS * C, C, dim=1)
             running = warpgroup_mma(ds.permute((1, 0)), k, running, use_acc=w > FROM, is_async=True)
         tma.store_wait(pipes.SLOTS - 1 + (SENT if part == 0 else 0))
         dq = warpgroup_mma_wait(0, deps=(running,))
@@ -194,89 +200,135 @@ def _add(dq_desc, block, n, pipes, FROM: gl.constexpr, TO: gl.constexpr, SENT: g
 
 @gluon.jit
 def _add_steps(
-    dq_desc, n, begin, end, g, furthest, turns, sources, pipes, place, mask, dbias, FROM: gl.constexpr,
-    TO: gl.constexpr, LOADS: gl.constexpr,
+    dq_desc, n, begin, end, g, furthest, first, last, origin, turns, sources, pipes, place, mask, dbias,
+    FROM: gl.constexpr, TO: gl.constexpr, LOADS: gl.constexpr,
 ):  # fmt: skip
-    """Steps begin to end of the g-th head. furthest: the last tile of keys that the steps before see, or this one."""
+    """Steps begin to end of the g-th head. furthest: the last tile of keys that the steps before see, or this one;
+    first, last: the query tiles that the item walks through for each head; origin: its first step.
+    """
     base = place.block(g)
     for i in range(begin, end):
         pipes.scores.await_full(n)
         if turns.ORDERED:
             unit = i // turns.STEPS * turns.STEPS
-            if (i == unit) | (i == sources.first):
+            if (i == unit) | (i == first):
                 # Only now, when what was added on the step before has had the time to reach memory.
-                if i > sources.first:
+                if i > first:
                     turns.pass_on(base + unit - turns.STEPS)
-                end_of_unit = gl.minimum(unit + turns.STEPS, sources.last) - 1
+                end_of_unit = gl.minimum(unit + turns.STEPS, last) - 1
                 furthest = mask.furthest_tile(furthest, end_of_unit, place)
                 turns.await_turn(base + unit, furthest - place.tile)
         if dbias.KIND == "boxes":
             dbias.send(n, i * pipes.BLOCK_M, g, pipes, place, FROM, TO)
         _add(dq_desc, base + i, n, pipes, FROM, TO, TO - FROM if dbias.STORED else 0)
         if LOADS:
-            if n + pipes.queries.STAGES < sources.steps(place):
-                sources.load_step(pipes, place, n + pipes.queries.STAGES)
+            ahead = n - origin + pipes.queries.STAGES
+            if ahead < (last - first) * place.group:
+                sources.load_step(pipes, place, first, last, ahead, origin + ahead)
         n += 1
     return n, furthest
 
 
 @gluon.jit
-def _reduce(dq_desc, turns, sources, pipes, place, mask, dbias, spans, LOADS: gl.constexpr):
+def _reduce(dq_desc, turns, sources, pipes, items, mask, dbias, LOADS: gl.constexpr):
     """Makes dQ of each step from the dS of the consumers whose keys its rows see, and adds it up in memory.
 
-    LOADS: it also loads what the others need, some steps ahead.
+    LOADS: it also takes the items and loads what the others need, some steps ahead.
     """
-    GROUPS: gl.constexpr = pipes.GROUPS
-    if LOADS:
-        sources.load_first(pipes, place)
-        for n in range(1, gl.minimum(sources.steps(place), pipes.queries.STAGES)):
-            sources.load_step(pipes, place, n)
-    mbarrier.wait(pipes.loaded.index(0), 0)
     n = 0
+    turn = 0
+    if LOADS:
+        place, spans = items.take(turn, mask, 4)
+    else:
+        place, spans = items.wait(turn)
+    while place.tile >= 0:
+        if LOADS:
+            first, last = spans[0][0], spans[pipes.GROUPS - 1][3]
+            sources.load_first(pipes, place, first, last, turn, n)
+            for step in range(1, gl.minimum((last - first) * place.group, pipes.queries.STAGES)):
+                sources.load_step(pipes, place, first, last, step, n + step)
+        pipes.keys.await_full(turn)
+        n = _add_item(dq_desc, n, turns, sources, pipes, place, mask, dbias, spans, LOADS)
+        mbarrier.arrive(pipes.done.index(0), count=1)
+        if dbias.STORED and (mask.KIND != "none" or mask.RAGGED):
+            dbias.blank(pipes, place, spans)
+        tma.store_wait(0)
+        turn += 1
+        if LOADS:
+            place, spans = items.take(turn, mask, 4)
+        else:
+            place, spans = items.wait(turn)
+
+
+@gluon.jit
+def _add_item(dq_desc, n, turns, sources, pipes, place, mask, dbias, spans, LOADS: gl.constexpr):
+    """All steps of an item from step n on; the step after them."""
+    GROUPS: gl.constexpr = pipes.GROUPS
+    first, last = spans[0][0], spans[GROUPS - 1][3]
+    origin = n
     for g in range(place.group if pipes.GROUPED else 1):
         furthest = place.tile
-        begin = sources.first
+        begin = first
         if mask.KIND != "none" or mask.RAGGED:
             for w in gl.static_range(1, GROUPS):
                 end = spans[w][0]
                 n, furthest = _add_steps(
-                    dq_desc, n, begin, end, g, furthest, turns, sources, pipes, place, mask, dbias, 0, w, LOADS
-                )
+                    dq_desc, n, begin, end, g, furthest, first, last, origin, turns, sources, pipes, place, mask,
+                    dbias, 0, w, LOADS,
+                )  # fmt: skip
                 begin = end
         end = spans[0][3]
         n, furthest = _add_steps(
-            dq_desc, n, begin, end, g, furthest, turns, sources, pipes, place, mask, dbias, 0, GROUPS, LOADS
-        )
+            dq_desc, n, begin, end, g, furthest, first, last, origin, turns, sources, pipes, place, mask, dbias, 0,
+            GROUPS, LOADS,
+        )  # fmt: skip
         if mask.LEFT:
             for w in gl.static_range(1, GROUPS):
                 begin = end
                 end = spans[w][3]
                 n, furthest = _add_steps(
-                    dq_desc, n, begin, end, g, furthest, turns, sources, pipes, place, mask, dbias, w, GROUPS, LOADS
-                )
-        if sources.last > sources.first:
-            turns.pass_on(place.block(g) + (sources.last - 1) // turns.STEPS * turns.STEPS)
-    mbarrier.arrive(pipes.done.index(0), count=1)
-    if dbias.STORED and (mask.KIND != "none" or mask.RAGGED):
-        dbias.blank(pipes, place, spans)
-    tma.store_wait(0)
+                    dq_desc, n, begin, end, g, furthest, first, last, origin, turns, sources, pipes, place, mask,
+                    dbias, w, GROUPS, LOADS,
+                )  # fmt: skip
+        if last > first:
+            turns.pass_on(place.block(g) + (last - 1) // turns.STEPS * turns.STEPS)
+    return n
 
 
 @gluon.jit
-def _consume(dk_desc, dv_desc, pipes, place, mask, scoring, dbias, spans, WG: gl.constexpr):
-    """dK and dV of the 64 keys number WG."""
-    dtype: gl.constexpr = dk_desc.dtype
+def _consume(dk_desc, dv_desc, pipes, items, mask, scoring, dbias, WG: gl.constexpr):
+    """dK and dV of the 64 keys number WG of each item."""
+    n = 0
+    turn = 0
+    place, spans = items.wait(turn)
+    while place.tile >= 0:
+        dk, dv, n = _gradients(n, turn, place, spans, pipes, mask, scoring, dbias, WG)
+        _store_gradients(dk_desc, dv_desc, dk, dv, turn, items.place(turn), pipes, scoring, WG)
+        turn += 1
+        place, spans = items.wait(turn)
+
+
+@gluon.jit
+def _gradients(n, turn, place, spans, pipes, mask, scoring, dbias, WG: gl.constexpr):
+    """dK and dV of 64 keys of one item, from step n on, and the step after it."""
+    first, last = spans[0][0], spans[pipes.GROUPS - 1][3]
     dk = gl.zeros([KEYS, pipes.D], gl.float32, accumulator(pipes.D))
     dv = gl.zeros([KEYS, pipes.DV], gl.float32, accumulator(pipes.DV))
-    mbarrier.wait(pipes.loaded.index(0), 0)
-    mbarrier.wait(pipes.loaded.index(1), 0)
-    first, last = spans[0][0], spans[pipes.GROUPS - 1][3]
-    n = 0
+    pipes.keys.await_full(turn)
+    pipes.values.await_full(turn)
+    tma.store_wait(0)  # dK of the item before has left the slots of dS
+    barrier()
     for g in range(place.group if pipes.GROUPED else 1):
         keys = keys_of(place, mask, scoring, g, WG)
         dk, dv, n = walk(dk, dv, n, spans[WG], first, last, pipes, keys, mask, scoring, dbias, WG)
-    k = pipes.keys.index(WG)
-    v = pipes.values.index(WG)
+    return dk, dv, n
+
+
+@gluon.jit
+def _store_gradients(dk_desc, dv_desc, dk, dv, turn, place, pipes, scoring, WG: gl.constexpr):
+    """dV leaves through the memory of its values, dK through the slots of dS: the next keys arrive meanwhile."""
+    dtype: gl.constexpr = dk_desc.dtype
+    v = pipes.value_tile(WG)
     key = place.first_key + KEYS * WG
     scale = scoring.scale
     if scoring.DROPOUT:
@@ -287,12 +339,15 @@ def _consume(dk_desc, dv_desc, pipes, place, mask, scoring, dbias, spans, WG: gl
     barrier()
     store_rows(dv_desc, v, place.b, place.kv_h, place.k_start, place.k_len, key, place.VARLEN)
     dk = dk * scale
-    mbarrier.wait(pipes.done.index(0), 0)
+    pipes.await_done(turn)
+    pipes.keys.release(turn)
+    k = pipes.way_out(dtype, WG)
     k.store(dk.to(dtype))
+    tma.store_wait(0)
     fence_async_shared()
     barrier()
     store_rows(dk_desc, k, place.b, place.kv_h, place.k_start, place.k_len, key, place.VARLEN)
-    tma.store_wait(0)
+    pipes.values.release(turn)
 
 
 @gluon.jit(do_not_specialize=RUNTIME)
@@ -310,17 +365,12 @@ def backward_kernel(
     dtype: gl.constexpr = q_desc.dtype
     D: gl.constexpr = k_desc.block_type.shape[-1]
     DV: gl.constexpr = v_desc.block_type.shape[-1]
-    tile, bh = program_place(gl.program_id(0), tiles, programs, section)
-    if DETERMINISTIC:
-        tile = tiles - 1 - tile
-    place = place_of(
-        tile, bh, cu_q, cu_k, mailbox, heads, group, max_q, max_k, total_q, total_k, padded, VARLEN, BLOCK_M,
-        GROUPS * KEYS,
+    items = Items(
+        counters, gl.allocate_shared_memory(gl.int32, [2 * RECORD, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])),
+        barriers(2, 1), cu_q, cu_k, mailbox, heads, group, max_q, max_k, total_q, total_k, padded, tiles, programs,
+        section, VARLEN, DETERMINISTIC, BLOCK_M, GROUPS,
     )  # fmt: skip
-    if place.first_key >= place.k_len:
-        return
-    table = place.b.to(gl.int64) * stride_tb
-    mask = Mask(first_rows + table, end_rows + table, left, right, KIND, LEFT, RAGGED)
+    mask = Mask(first_rows, end_rows, stride_tb, left, right, KIND, LEFT, RAGGED)
     scoring = Scoring(
         bias, slopes, rng, stride_bb, stride_bh, stride_bm, stride_sb, scale, softcap, threshold, keep_scale, SOFTCAP,
         ALIBI, BIAS, BIAS_ALIGN, BIAS_STEP, BIAS_TILES, DROPOUT, ORDERED,
@@ -328,13 +378,12 @@ def backward_kernel(
     bias_gradient = BiasGradient(
         dbias_desc, dbias, stride_gb, stride_gh, max_k, DBIAS, DBIAS == "boxes" and dbias.dtype.element_ty != gl.float32
     )
-    spans = mask.walks(place, GROUPS)
 
-    keys = gl.allocate_shared_memory(dtype, [GROUPS, KEYS, D], swizzled(2, D))
-    values = gl.allocate_shared_memory(dtype, [GROUPS, KEYS, DV], swizzled(2, DV))
+    k_tiles = gl.allocate_shared_memory(dtype, [GROUPS, KEYS, D], swizzled(2, D))
+    v_tiles = gl.allocate_shared_memory(dtype, [GROUPS, KEYS, DV], swizzled(2, DV))
     q_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, D], swizzled(2, D))
     do_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, DV], swizzled(2, DV))
-    ds_tiles = gl.allocate_shared_memory(dtype, [2 * GROUPS, BLOCK_M, KEYS], swizzled(2, KEYS))
+    ds_tiles = gl.allocate_shared_memory(dtype, [GROUPS, 2 * BLOCK_M, KEYS], swizzled(2, KEYS))
     biases = ds_tiles
     if BIAS_TILES:
         biases = gl.allocate_shared_memory(dtype, [STAGES * GROUPS, BLOCK_M, KEYS], swizzled(2, KEYS))
@@ -342,28 +391,28 @@ def backward_kernel(
     exits = gl.allocate_shared_memory(gl.float32, [SLOTS, dq_desc.block_type.shape[0], 256], dq_desc.layout)
     empty = barriers(STAGES, 2 if GROUPS == 1 else GROUPS)
     read = barriers(2, 1)
+    keys = Ring(k_tiles, barriers(1, 1), barriers(1, GROUPS), 1)
+    values = Ring(v_tiles, barriers(1, 1), barriers(1, GROUPS), 1)
     pipes = Pipes(
-        keys, values, barriers(2, 1), barriers(1, 1), Ring(q_tiles, barriers(STAGES, 1), empty, STAGES), rows,
+        keys, values, barriers(1, 1), Ring(q_tiles, barriers(STAGES, 1), empty, STAGES), rows,
         Ring(do_tiles, barriers(STAGES, 1), empty, STAGES), biases, Ring(ds_tiles, barriers(2, GROUPS), read, 2), exits,
         GROUPS, BLOCK_M, D, DV, DIM, DIM_V, SLOTS, GROUPED, BIAS_TILES,
     )  # fmt: skip
     # Passing on takes a good part of a step. Under a left bound a tile may end within a pair that the next one skips.
-    turns = Turns(counters, DETERMINISTIC, 1 if LEFT else 2)
+    turns = Turns(counters + 1, DETERMINISTIC, 1 if LEFT else 2)
     if GROUPS == 1:
         weights = Ring(ds_tiles, barriers(2, 1), read, 2)  # P, until dS takes its place
     fence_async_shared()
     barrier()
-    sources = Sources(
-        q_desc, k_desc, v_desc, do_desc, rows_desc, bias_desc, stride_bb, stride_bh, spans[0][0], spans[GROUPS - 1][3]
-    )
+    sources = Sources(q_desc, k_desc, v_desc, do_desc, rows_desc, bias_desc, stride_bb, stride_bh)
     # Consumers come as workers: in the default partition the compiler keeps more addresses in registers than there are.
     if GROUPS == 1:
         gl.warp_specialize(
             [
-                (_reduce, (dq_desc, turns, sources, pipes, place, mask, bias_gradient, spans, False)),
-                (consume_values, (dv_desc, pipes, weights, place, mask, scoring, spans[0])),
-                (consume_keys, (dk_desc, pipes, weights, place, mask, scoring, bias_gradient, spans[0])),
-                (_load, (sources, pipes, place)),
+                (_reduce, (dq_desc, turns, sources, pipes, items, mask, bias_gradient, False)),
+                (consume_values, (dv_desc, pipes, weights, items, mask, scoring)),
+                (consume_keys, (dk_desc, pipes, weights, items, mask, scoring, bias_gradient)),
+                (_load, (sources, pipes, items, mask)),
             ],
             [4, 4, 1],
             [CONSUME_REGISTERS, CONSUME_REGISTERS, LOAD_REGISTERS],
@@ -371,10 +420,10 @@ def backward_kernel(
     elif GROUPS == 2:
         gl.warp_specialize(
             [
-                (_reduce, (dq_desc, turns, sources, pipes, place, mask, bias_gradient, spans, False)),
-                (_consume, (dk_desc, dv_desc, pipes, place, mask, scoring, bias_gradient, spans, 0)),
-                (_consume, (dk_desc, dv_desc, pipes, place, mask, scoring, bias_gradient, spans, 1)),
-                (_load, (sources, pipes, place)),
+                (_reduce, (dq_desc, turns, sources, pipes, items, mask, bias_gradient, False)),
+                (_consume, (dk_desc, dv_desc, pipes, items, mask, scoring, bias_gradient, 0)),
+                (_consume, (dk_desc, dv_desc, pipes, items, mask, scoring, bias_gradient, 1)),
+                (_load, (sources, pipes, items, mask)),
             ],
             [4, 4, 1],
             [CONSUME_REGISTERS, CONSUME_REGISTERS, LOAD_REGISTERS],
@@ -382,10 +431,10 @@ def backward_kernel(
     else:
         gl.warp_specialize(
             [
-                (_reduce, (dq_desc, turns, sources, pipes, place, mask, bias_gradient, spans, True)),
-                (_consume, (dk_desc, dv_desc, pipes, place, mask, scoring, bias_gradient, spans, 0)),
-                (_consume, (dk_desc, dv_desc, pipes, place, mask, scoring, bias_gradient, spans, 1)),
-                (_consume, (dk_desc, dv_desc, pipes, place, mask, scoring, bias_gradient, spans, 2)),
+                (_reduce, (dq_desc, turns, sources, pipes, items, mask, bias_gradient, True)),
+                (_consume, (dk_desc, dv_desc, pipes, items, mask, scoring, bias_gradient, 0)),
+                (_consume, (dk_desc, dv_desc, pipes, items, mask, scoring, bias_gradient, 1)),
+                (_consume, (dk_desc, dv_desc, pipes, items, mask, scoring, bias_gradient, 2)),
             ],
             [4, 4, 4],
             [CONSUME_REGISTERS, CONSUME_REGISTERS, CONSUME_REGISTERS],

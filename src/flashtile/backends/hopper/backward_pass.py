@@ -26,6 +26,11 @@ from flashtile.gpu import arguments, bias_gradient
 from flashtile.masks import rows_seeing
 from flashtile.problem import Call, Problem
 
+# Heads whose tiles of keys are started side by side under a mask, and what the rows of all may take of the L2 cache:
+# Q, dO and the accumulator of dQ.
+_SIDE_BY_SIDE = 4
+_SECTION_BYTES = 36 * 2**20
+
 
 def backward(
     problem: Problem,
@@ -81,15 +86,14 @@ def backward(
 
 
 def _scratch(problem: Problem, lse: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Memory between the kernels: two numbers of each row, dq's accumulator, counters and sums of dsinks, the last
-    two only where they are needed.
+    """Memory between the kernels: two numbers of each row, dq's accumulator, counters of items and, where their order
+    counts, of blocks of dq, and sums of dsinks where there are some.
     """
     number, columns = _scratch_rows(problem)
     rows = lse.new_empty(2, number)
     accumulated = lse.new_empty(number * columns // 256, 256)
-    counters = sums = rows
-    if problem.deterministic:
-        counters = lse.new_empty(number // 64, dtype=torch.int32)
+    counters = lse.new_empty(1 + (number // 64 if problem.deterministic else 0), dtype=torch.int32)
+    sums = rows
     if problem.sinks:
         sums = lse.new_empty(problem.batch, problem.q_heads, backward_prologue.tiles(problem))
     return rows, accumulated, counters, sums
@@ -177,7 +181,8 @@ def prepare(problem: Problem, call: Call, boxed: tuple[Tensor, ...], variant: tu
         "stride_tb": stride_tb,
     }
     options = {"num_warps": 4, "enable_fp_fusion": True}
-    return launch.Plan(tiles * programs, values, options, partial(_describe, problem, config, tiles_in, tiles_out))
+    at_once = min(tiles * programs, launch.multiprocessors(boxed[0].device))
+    return launch.Plan(at_once, values, options, partial(_describe, problem, config, tiles_in, tiles_out))
 
 
 def _section(problem: Problem, tiles: int) -> int:
@@ -188,8 +193,14 @@ def _section(problem: Problem, tiles: int) -> int:
         return 1 + -(-configs.MULTIPROCESSORS // tiles)
     if problem.deterministic and max(problem.qk_dim, problem.v_dim) > 128:
         return 3  # tiles of 64 keys meet more often: causal, 4096: 306, one head 259
-    # Programs of grouped heads run long: the longest of two heads first, and less waits at the end (504 -> 546).
-    return 2 if problem.group > 1 else 1
+    if problem.deterministic:
+        return 2 if problem.group > 1 else 1
+    if arguments.mask_kind(problem) == "none" or 4 * tiles >= 3 * configs.MULTIPROCESSORS:
+        return 1  # all tiles are alike, or those of one head occupy the processors
+    # The longest tiles of several heads first, and less waits at the end, as long as their rows fit the L2 cache. A
+    # program of grouped heads goes through one after the other, so that two of a group are in use.
+    rows = problem.q_len * (problem.qk_dim * 6 + problem.v_dim * 2) * (2 if problem.group > 1 else 1)
+    return max(1, min(_SIDE_BY_SIDE, _SECTION_BYTES // max(1, rows)))
 
 
 def _bias_gradient_strides(problem: Problem, kind: str) -> tuple[int, int]:

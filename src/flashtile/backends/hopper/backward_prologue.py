@@ -31,7 +31,7 @@ def prologue_kernel(
     stride_ob, stride_om, stride_oh, stride_od, stride_yb, stride_ym, stride_yh, stride_yd, batch, heads, max_q,
     total_q, padded, scratch, tiles, programs, section, keep_scale,
     ROWS: tl.constexpr, D: tl.constexpr, DIM_V: tl.constexpr, DV: tl.constexpr, VARLEN: tl.constexpr,
-    SINKS: tl.constexpr, DLSE: tl.constexpr, DBIAS: tl.constexpr, COUNTERS: tl.constexpr, DROPOUT: tl.constexpr,
+    SINKS: tl.constexpr, DLSE: tl.constexpr, DBIAS: tl.constexpr, BLOCKS: tl.constexpr, DROPOUT: tl.constexpr,
     ALIGN: tl.constexpr,
 ):  # fmt: skip
     stride_ob, stride_om, stride_oh = stride_ob * ALIGN, stride_om * ALIGN, stride_oh * ALIGN
@@ -41,6 +41,8 @@ def prologue_kernel(
     h = (bh % heads).to(tl.int64)
     q_start, q_len = sequence(cu_q, b, max_q, total_q, 0, mailbox, VARLEN, False)
     first_row = tile * ROWS
+    if tl.program_id(0) == 0:
+        tl.store(counters, 0)
     if SINKS:
         tl.store(dsinks + bh * tiles + tile, 0.0)
     if first_row >= (q_len + 127) // 128 * 128:
@@ -66,8 +68,8 @@ def prologue_kernel(
         # What is kept is scaled once, at the end, and so is all of dS.
         kept_delta = delta / keep_scale
     tl.store(rows + scratch + scratch_at + tl.arange(0, ROWS), kept_delta)
-    if COUNTERS:
-        tl.store(counters + scratch_at // ROWS, 0)
+    if BLOCKS:
+        tl.store(counters + 1 + scratch_at // ROWS, 0)
     weight = tl.zeros([ROWS], tl.float32)
     if SINKS:
         weight = tl.exp2(tl.load(sinks + h).to(tl.float32) * LOG2E - lse_row)
@@ -114,7 +116,7 @@ def prepare(problem: Problem, call: Call, variant: tuple[Any, ...], tensors: tup
         "SINKS": problem.sinks,
         "DLSE": dlse,
         "DBIAS": kind,
-        "COUNTERS": problem.deterministic,
+        "BLOCKS": problem.deterministic,
         "DROPOUT": problem.dropout_p > 0,
     }
     return launch.Plan(tiles(problem) * programs, values, {"num_warps": 4, "enable_fp_fusion": True}, lambda boxed: ())

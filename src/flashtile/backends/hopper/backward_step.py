@@ -116,7 +116,7 @@ class BiasGradient:
 
     @gluon.jit
     def blank(self, pipes, place, spans):
-        """Done by the same warp group, at its end: zeros for the pairs of `spans`' keys and of rows that see none."""
+        """Done by the same warp group, at an item's end: zeros for the pairs of its keys and of rows that see none."""
         FLAT: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [4, 1], [1, 0])
         LINES: gl.constexpr = pipes.exits.shape[1]
         zeros = pipes.exits.index(0)
@@ -350,7 +350,7 @@ def positive(p):
 def _step(dk, dv, sums, n, m, pipes, keys, mask, scoring, dbias, WG: gl.constexpr, MASKED: gl.constexpr):
     """Step n, the query rows from m."""
     LAYOUT: gl.constexpr = accumulator(pipes.BLOCK_M)
-    k = pipes.keys.index(WG)
+    k = pipes.key_tile(WG + pipes.nil(n))
     bias = load_bias(m, keys, scoring)
     q = pipes.queries.wait(n)
     running = row_products(k, q, pipes.DIM)
@@ -363,7 +363,7 @@ def _step(dk, dv, sums, n, m, pipes, keys, mask, scoring, dbias, WG: gl.constexp
         p = gl.where(kept(bits, keys), p, -p)
     p = p.to(k.dtype)
     do = pipes.douts.wait(n)
-    running = row_products(pipes.values.index(WG), do, pipes.DIM_V)
+    running = row_products(pipes.value_tile(WG + pipes.nil(n)), do, pipes.DIM_V)
     if scoring.DROPOUT:
         # dV comes later: its operand, what is kept of P, would take registers beside P.
         delta = pipes.of_rows(n, 1, LAYOUT)

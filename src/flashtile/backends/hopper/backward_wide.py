@@ -9,7 +9,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
-    mbarrier,
     tma,
     warpgroup_mma,
     warpgroup_mma_wait,
@@ -58,7 +57,7 @@ def _add_product(left, right, a, b):
 @gluon.jit
 def _weigh(left, right, n, m, pipes, weights, keys, mask, scoring, MASKED: gl.constexpr):
     """P^T of the query rows from m, handed over, and its product with dO added to dV."""
-    k = pipes.keys.index(0)
+    k = pipes.key_tile(0)
     bias = load_bias(m, keys, scoring)
     q = pipes.queries.wait(n)
     running = row_products(k, q, pipes.DIM)
@@ -76,7 +75,7 @@ def _weigh(left, right, n, m, pipes, weights, keys, mask, scoring, MASKED: gl.co
     if scoring.DROPOUT:
         p16 = positive(p16)
     weights.await_empty(n)
-    weights.slot(n).permute((1, 0)).store(handed)
+    pipes.scores_of(n, 0).store(handed)
     weights.announce(n)
     do = pipes.douts.wait(n)
     left, right = _add_product(left, right, p16, do)
@@ -90,8 +89,9 @@ def _differentiate(left, right, sums, n, m, pipes, weights, keys, scoring, dbias
     """dS^T of the query rows from m, handed over, and its product with Q added to dK. What P hides is 0 here, too."""
     LAYOUT: gl.constexpr = accumulator(pipes.BLOCK_M)
     do = pipes.douts.wait(n)
-    running = row_products(pipes.values.index(0), do, pipes.DIM_V)
-    p = weights.wait(n).permute((1, 0)).load(LAYOUT)
+    running = row_products(pipes.value_tile(0), do, pipes.DIM_V)
+    weights.await_full(n)
+    p = pipes.scores_of(n, 0).load(LAYOUT)
     q = pipes.queries.wait(n)
     delta = pipes.of_rows(n, 1, LAYOUT)
     dp = warpgroup_mma_wait(0, deps=(running,))
@@ -110,12 +110,23 @@ def _differentiate(left, right, sums, n, m, pipes, weights, keys, scoring, dbias
 
 
 @gluon.jit
-def consume_values(dv_desc, pipes, weights, place, mask, scoring, span):
+def consume_values(dv_desc, pipes, weights, items, mask, scoring):
     """dV of the program's keys."""
-    left, right = _halves(pipes.DIM_V, pipes.DV)
-    mbarrier.wait(pipes.loaded.index(0), 0)
-    start, full, partial, stop = span
     n = 0
+    turn = 0
+    place, spans = items.wait(turn)
+    while place.tile >= 0:
+        n = _value_gradients(dv_desc, n, turn, place, spans[0], pipes, weights, mask, scoring)
+        turn += 1
+        place, spans = items.wait(turn)
+
+
+@gluon.jit
+def _value_gradients(dv_desc, n, turn, place, span, pipes, weights, mask, scoring):
+    """dV of one tile of keys; the number of the step after it."""
+    left, right = _halves(pipes.DIM_V, pipes.DV)
+    start, full, partial, stop = span
+    pipes.keys.await_full(turn)
     for g in range(place.group if pipes.GROUPED else 1):
         keys = keys_of(place, mask, scoring, g, 0)
         if mask.KIND != "none" or mask.RAGGED:
@@ -132,16 +143,28 @@ def consume_values(dv_desc, pipes, weights, place, mask, scoring, span):
     scale = 1.0
     if scoring.DROPOUT:
         scale = scoring.keep_scale
-    _leave(dv_desc, left * scale, right * scale, pipes.values.index(0), pipes, place)
+    _leave(dv_desc, left * scale, right * scale, pipes.values, turn, pipes, place)
+    return n
 
 
 @gluon.jit
-def consume_keys(dk_desc, pipes, weights, place, mask, scoring, dbias, span):
+def consume_keys(dk_desc, pipes, weights, items, mask, scoring, dbias):
     """dK of the program's keys."""
-    left, right = _halves(pipes.DIM, pipes.D)
-    mbarrier.wait(pipes.loaded.index(1), 0)
-    start, _, _, stop = span
     n = 0
+    turn = 0
+    place, spans = items.wait(turn)
+    while place.tile >= 0:
+        n = _key_gradients(dk_desc, n, turn, place, spans[0], pipes, weights, mask, scoring, dbias)
+        turn += 1
+        place, spans = items.wait(turn)
+
+
+@gluon.jit
+def _key_gradients(dk_desc, n, turn, place, span, pipes, weights, mask, scoring, dbias):
+    """dK of one tile of keys; the number of the step after it."""
+    left, right = _halves(pipes.DIM, pipes.D)
+    start, _, _, stop = span
+    pipes.values.await_full(turn)
     for g in range(place.group if pipes.GROUPED else 1):
         keys = keys_of(place, mask, scoring, g, 0)
         sums = dbias.no_sums(pipes.BLOCK_M)
@@ -154,13 +177,15 @@ def consume_keys(dk_desc, pipes, weights, place, mask, scoring, dbias, span):
     scale = scoring.scale
     if scoring.DROPOUT:
         scale = scale * scoring.keep_scale
-    _leave(dk_desc, left * scale, right * scale, pipes.keys.index(0), pipes, place)
+    _leave(dk_desc, left * scale, right * scale, pipes.keys, turn, pipes, place)
+    return n
 
 
 @gluon.jit
-def _leave(desc, left, right, tile, pipes, place):
-    """Stores a gradient through the shared memory of the keys or values, once no product reads them any more."""
-    mbarrier.wait(pipes.done.index(0), 0)
+def _leave(desc, left, right, ring, turn, pipes, place):
+    """Stores a gradient through the shared memory of an item's keys or values, once no product reads them any more."""
+    pipes.await_done(turn)
+    tile = ring.buffers.index(0)
     LEFT: gl.constexpr = left.shape[1]
     RIGHT: gl.constexpr = right.shape[1]
     tile.slice(0, LEFT, dim=1).store(left.to(tile.dtype))
@@ -169,3 +194,4 @@ def _leave(desc, left, right, tile, pipes, place):
     barrier()
     store_rows(desc, tile, place.b, place.kv_h, place.k_start, place.k_len, place.first_key, place.VARLEN)
     tma.store_wait(0)
+    ring.release(turn)

@@ -2,14 +2,18 @@
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from flashtile.backends.hopper.dialect import aggregate, reinterpret
+from flashtile.backends.hopper.descriptors import swizzled
+from flashtile.backends.hopper.dialect import aggregate, barrier, reinterpret
 from flashtile.backends.hopper.rings import Ring
 from flashtile.backends.hopper.tiles import accumulator
 from flashtile.gpu.intervals import key_interval, split
+from flashtile.gpu.sequences import place as place_in_section
 from flashtile.gpu.sequences import scratch_row, sequence
 
 KEYS = gl.constexpr(64)  # of a consumer
+RECORD = gl.constexpr(20)  # words for an item and the walks of at most three consumers
 
 
 @aggregate
@@ -43,22 +47,125 @@ class Place:
         return (self.scratch + g * self.padded) // self.BLOCK_M
 
 
-@gluon.jit
-def place_of(
-    tile, bh, cu_q, cu_k, mailbox, heads, group, max_q, max_k, total_q, total_k, padded, VARLEN: gl.constexpr,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-):  # fmt: skip
-    """The Place of tile number `tile` of key-value head bh, counted over the batch."""
-    kv_heads = heads // group
-    b = bh // kv_heads
-    kv_h = bh % kv_heads
-    q_start, q_len = sequence(cu_q, b, max_q, total_q, 0, mailbox, VARLEN, False)
-    k_start, k_len = sequence(cu_k, b, max_k, total_k, 2, mailbox, VARLEN, False)
-    scratch = scratch_row(b, kv_h * group, heads, q_start, padded, VARLEN)
-    return Place(
-        tile, b, kv_h, heads, group, tile * BLOCK_N, q_start, q_len, k_start, k_len, scratch, padded, VARLEN, BLOCK_M,
-        BLOCK_N,
-    )  # fmt: skip
+@aggregate
+class Items:
+    """Tiles of keys, which programs take from a counter in memory as they become free.
+
+    Numbers are given out in order, and only to programs that run: what waits for tiles with smaller numbers never
+    waits for one that cannot start. One role takes them, works out where they lie and which query tiles see them, and
+    leaves that in shared memory, for a program's present item and its next: the others read a few words between two
+    items, when all of them stand still, where they would each divide and look up the same.
+    """
+
+    counter: gl.tensor
+    records: gl.shared_memory_descriptor
+    announced: gl.shared_memory_descriptor
+    cu_q: gl.tensor
+    cu_k: gl.tensor
+    mailbox: gl.tensor
+    heads: gl.tensor
+    group: gl.tensor
+    max_q: gl.tensor
+    max_k: gl.tensor
+    total_q: gl.tensor
+    total_k: gl.tensor
+    padded: gl.tensor
+    tiles: gl.tensor
+    programs: gl.tensor
+    section: gl.tensor
+    VARLEN: gl.constexpr
+    REVERSED: gl.constexpr
+    BLOCK_M: gl.constexpr
+    GROUPS: gl.constexpr
+
+    @gluon.jit
+    def take(self, turn, mask, WARPS: gl.constexpr):
+        """Takes the program's item number `turn` and tells the other roles, which are done with the one of two turns
+        before. Returns its Place and walks; a tile below 0: there is none. WARPS: of the caller.
+        """
+        place = self._place(gl.atomic_add(self.counter, 1, sem="relaxed"))
+        if self.VARLEN:
+            while (place.tile >= 0) & (place.first_key >= place.k_len):
+                place = self._place(gl.atomic_add(self.counter, 1, sem="relaxed"))
+        spans = mask.walks(place, self.GROUPS)
+        self._write(turn, 0, place.tile, WARPS)
+        self._write(turn, 1, place.b, WARPS)
+        self._write(turn, 2, place.kv_h, WARPS)
+        self._write(turn, 3, place.scratch, WARPS)
+        if self.VARLEN:
+            self._write(turn, 4, place.q_start, WARPS)
+            self._write(turn, 5, place.q_len, WARPS)
+            self._write(turn, 6, place.k_start, WARPS)
+            self._write(turn, 7, place.k_len, WARPS)
+        for w in gl.static_range(self.GROUPS):
+            for i in gl.static_range(4):
+                self._write(turn, 8 + 4 * w + i, spans[w][i], WARPS)
+        barrier()
+        mbarrier.arrive(self.announced.index(turn % 2), count=1)
+        return place, spans
+
+    @gluon.jit
+    def wait(self, turn):
+        """The Place and walks of the program's item number `turn`, for a role of four warps."""
+        mbarrier.wait(self.announced.index(turn % 2), (turn // 2) & 1)
+        first = self._walk(turn, 0)
+        if self.GROUPS == 1:
+            return self.place(turn), (first,)
+        elif self.GROUPS == 2:
+            return self.place(turn), (first, self._walk(turn, 1))
+        else:
+            return self.place(turn), (first, self._walk(turn, 1), self._walk(turn, 2))
+
+    @gluon.jit
+    def place(self, turn):
+        """The Place of an item that was waited for. Asking twice saves registers between."""
+        tile = self._read(turn, 0)
+        b = self._read(turn, 1)
+        kv_h = self._read(turn, 2)
+        scratch = gl.multiple_of(self._read(turn, 3), 128)
+        q_start, q_len = gl.to_tensor(0), self.max_q
+        k_start, k_len = gl.to_tensor(0), self.max_k
+        if self.VARLEN:
+            q_start, q_len = self._read(turn, 4), self._read(turn, 5)
+            k_start, k_len = self._read(turn, 6), self._read(turn, 7)
+        return self._at(tile, b, kv_h, q_start, q_len, k_start, k_len, scratch)
+
+    @gluon.jit
+    def _walk(self, turn, w):
+        at = 8 + 4 * w
+        return self._read(turn, at), self._read(turn, at + 1), self._read(turn, at + 2), self._read(turn, at + 3)
+
+    @gluon.jit
+    def _write(self, turn, i, value, WARPS: gl.constexpr):
+        ONE: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+        self.records.index(turn % 2 * RECORD + i).store(gl.full([1], 0, gl.int32, ONE) + value)
+
+    @gluon.jit
+    def _read(self, turn, i):
+        ONE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+        return gl.max(self.records.index(turn % 2 * RECORD + i).load(ONE), 0)
+
+    @gluon.jit
+    def _place(self, item):
+        """The Place of an item: the heads of a section side by side, their first tiles first (REVERSED: last)."""
+        last = self.tiles * self.programs - 1
+        tile, bh = place_in_section(gl.minimum(item, last), self.tiles, self.programs, self.section)
+        if self.REVERSED:
+            tile = self.tiles - 1 - tile
+        kv_heads = self.heads // self.group
+        b = bh // kv_heads
+        kv_h = bh % kv_heads
+        q_start, q_len = sequence(self.cu_q, b, self.max_q, self.total_q, 0, self.mailbox, self.VARLEN, False)
+        k_start, k_len = sequence(self.cu_k, b, self.max_k, self.total_k, 2, self.mailbox, self.VARLEN, False)
+        scratch = scratch_row(b, kv_h * self.group, self.heads, q_start, self.padded, self.VARLEN)
+        return self._at(gl.where(item > last, -1, tile), b, kv_h, q_start, q_len, k_start, k_len, scratch)
+
+    @gluon.jit
+    def _at(self, tile, b, kv_h, q_start, q_len, k_start, k_len, scratch):
+        return Place(
+            tile, b, kv_h, self.heads, self.group, tile * (self.GROUPS * KEYS), q_start, q_len, k_start, k_len,
+            scratch, self.padded, self.VARLEN, self.BLOCK_M, self.GROUPS * KEYS,
+        )  # fmt: skip
 
 
 @aggregate
@@ -67,6 +174,7 @@ class Mask:
 
     first_rows: gl.tensor
     end_rows: gl.tensor
+    stride_tb: gl.tensor
     left: gl.tensor
     right: gl.tensor
     KIND: gl.constexpr
@@ -77,9 +185,11 @@ class Mask:
     def seeing(self, key, place):
         """[first, end) of the rows that see a key; those past the end stand for the last."""
         key = gl.minimum(key, place.k_len - 1)
+        table = place.b.to(gl.int64) * self.stride_tb
         return key_interval(
-            key, place.q_len, place.k_len, self.left, self.right, self.first_rows, self.end_rows, self.KIND
-        )
+            key, place.q_len, place.k_len, self.left, self.right, self.first_rows + table, self.end_rows + table,
+            self.KIND,
+        )  # fmt: skip
 
     @gluon.jit
     def furthest_tile(self, tile, i, place):
@@ -179,16 +289,16 @@ class Scoring:
 
 @aggregate
 class Pipes:
-    """What flows between the roles: K and V, a ring of query tiles with their rows of lse and delta, one of dO tiles
-    released together with it, a ring of dS, and the shared memory through which dQ leaves.
+    """What flows between the roles: K and V of a program's item, a ring of query tiles with their rows of lse and
+    delta, one of dO tiles released together with it, a ring of dS, and the shared memory through which dQ leaves.
 
+    Steps count as n over all items, items as turns. keys, values: rings of one slot, a tile for each consumer in it.
     DIM, DIM_V: how many of a tile's D or DV columns the head dims take.
     biases: for each slot of the query ring and each consumer, the bias of its scores, a row of 64 keys for each query.
     """
 
-    keys: gl.shared_memory_descriptor
-    values: gl.shared_memory_descriptor
-    loaded: gl.shared_memory_descriptor
+    keys: Ring
+    values: Ring
     done: gl.shared_memory_descriptor
     queries: Ring
     rows: gl.shared_memory_descriptor
@@ -205,6 +315,29 @@ class Pipes:
     SLOTS: gl.constexpr
     GROUPED: gl.constexpr
     BIAS_TILES: gl.constexpr
+
+    @gluon.jit
+    def key_tile(self, w):
+        """The 64 keys of consumer w."""
+        return self.keys.buffers.index(w)
+
+    @gluon.jit
+    def value_tile(self, w):
+        """Their values."""
+        return self.values.buffers.index(w)
+
+    @gluon.jit
+    def nil(self, n):
+        """A 0 that the compiler does not know. What depends on it is worked out in each step: the descriptors of wide
+        tiles would take more uniform registers than there are, and be moved to and fro between the products. Beside
+        tiles of a bias and all other features that makes Triton 3.7 serialise the products (C7512).
+        """
+        return n >> 31 if self.D > 64 and not self.BIAS_TILES else 0
+
+    @gluon.jit
+    def await_done(self, turn):
+        """Waits until dQ has been made from all of an item's dS, and reads its keys no more."""
+        mbarrier.wait(self.done.index(0), turn & 1)
 
     @gluon.jit
     def of_rows(self, n, WHICH: gl.constexpr, layout: gl.constexpr):
@@ -230,7 +363,14 @@ class Pipes:
         """The part of dS^T of step n that consumer w makes, [64, BLOCK_M]. In memory it is dS: a bias's gradient leaves
         from there.
         """
-        return self.scores.buffers.index(n % self.scores.STAGES * self.GROUPS + w).permute((1, 0))
+        slots = self.scores.buffers.index(w)
+        tiles = reinterpret(slots, slots.dtype, [self.scores.STAGES, self.BLOCK_M, KEYS], swizzled(2, KEYS))
+        return tiles.index(n % self.scores.STAGES).permute((1, 0))
+
+    @gluon.jit
+    def way_out(self, dtype: gl.constexpr, WG: gl.constexpr):
+        """[64, D] in a consumer's own slots of dS, for its dK once dQ has been made from all dS."""
+        return reinterpret(self.scores.buffers.index(WG), dtype, [KEYS, self.D], swizzled(2, self.D))
 
     @gluon.jit
     def exit(self, n, part):

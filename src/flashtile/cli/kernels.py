@@ -89,6 +89,7 @@ def _hopper(problem: Problem) -> list[Kernel]:
             by_keys=True,
             shares_keys=True,
             adds_dq=True,
+            programs=configs.MULTIPROCESSORS,
             compiled_as="backward",
             settings={key: value for key, value in asdict(backward).items() if key != "block_m"},
         ),

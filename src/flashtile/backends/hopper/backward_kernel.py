@@ -25,8 +25,10 @@ from flashtile.backends.hopper.backward_work import KEYS, RECORD, Items, Mask, P
 from flashtile.backends.hopper.bias_tiles import axis, load_tile
 from flashtile.backends.hopper.descriptors import load_rows, store_rows, swizzled
 from flashtile.backends.hopper.dialect import aggregate, barrier, load, reduce_add
+from flashtile.backends.hopper.lengths import Lengths
 from flashtile.backends.hopper.rings import Ring, barriers
 from flashtile.backends.hopper.tiles import accumulator
+from flashtile.backends.hopper.words import words
 from flashtile.gpu.arguments import RUNTIME
 
 RUNTIME = [*RUNTIME, "stride_bb", "stride_bh", "stride_bm", "stride_gb", "stride_gh"]
@@ -365,10 +367,10 @@ def backward_kernel(
     dtype: gl.constexpr = q_desc.dtype
     D: gl.constexpr = k_desc.block_type.shape[-1]
     DV: gl.constexpr = v_desc.block_type.shape[-1]
+    lengths = Lengths(cu_q, cu_k, mailbox, max_q, max_k, total_q, total_k, VARLEN)
     items = Items(
-        counters, gl.allocate_shared_memory(gl.int32, [2 * RECORD, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])),
-        barriers(2, 1), cu_q, cu_k, mailbox, heads, group, max_q, max_k, total_q, total_k, padded, tiles, programs,
-        section, VARLEN, DETERMINISTIC, BLOCK_M, GROUPS,
+        counters, words(2 * RECORD), barriers(2, 1), lengths, heads, group, padded, tiles, programs, section,
+        DETERMINISTIC, BLOCK_M, GROUPS,
     )  # fmt: skip
     mask = Mask(first_rows, end_rows, stride_tb, left, right, KIND, LEFT, RAGGED)
     scoring = Scoring(

@@ -6,11 +6,13 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from flashtile.backends.hopper.descriptors import swizzled
 from flashtile.backends.hopper.dialect import aggregate, barrier, reinterpret
+from flashtile.backends.hopper.lengths import Lengths
 from flashtile.backends.hopper.rings import Ring
 from flashtile.backends.hopper.tiles import accumulator
+from flashtile.backends.hopper.words import Words
 from flashtile.gpu.intervals import key_interval, split
 from flashtile.gpu.sequences import place as place_in_section
-from flashtile.gpu.sequences import scratch_row, sequence
+from flashtile.gpu.sequences import scratch_row
 
 KEYS = gl.constexpr(64)  # of a consumer
 RECORD = gl.constexpr(20)  # words for an item and the walks of at most three consumers
@@ -58,22 +60,15 @@ class Items:
     """
 
     counter: gl.tensor
-    records: gl.shared_memory_descriptor
+    records: Words
     announced: gl.shared_memory_descriptor
-    cu_q: gl.tensor
-    cu_k: gl.tensor
-    mailbox: gl.tensor
+    lengths: Lengths
     heads: gl.tensor
     group: gl.tensor
-    max_q: gl.tensor
-    max_k: gl.tensor
-    total_q: gl.tensor
-    total_k: gl.tensor
     padded: gl.tensor
     tiles: gl.tensor
     programs: gl.tensor
     section: gl.tensor
-    VARLEN: gl.constexpr
     REVERSED: gl.constexpr
     BLOCK_M: gl.constexpr
     GROUPS: gl.constexpr
@@ -84,22 +79,23 @@ class Items:
         before. Returns its Place and walks; a tile below 0: there is none. WARPS: of the caller.
         """
         place = self._place(gl.atomic_add(self.counter, 1, sem="relaxed"))
-        if self.VARLEN:
+        if self.lengths.VARLEN:
             while (place.tile >= 0) & (place.first_key >= place.k_len):
                 place = self._place(gl.atomic_add(self.counter, 1, sem="relaxed"))
         spans = mask.walks(place, self.GROUPS)
-        self._write(turn, 0, place.tile, WARPS)
-        self._write(turn, 1, place.b, WARPS)
-        self._write(turn, 2, place.kv_h, WARPS)
-        self._write(turn, 3, place.scratch, WARPS)
-        if self.VARLEN:
-            self._write(turn, 4, place.q_start, WARPS)
-            self._write(turn, 5, place.q_len, WARPS)
-            self._write(turn, 6, place.k_start, WARPS)
-            self._write(turn, 7, place.k_len, WARPS)
+        at = turn % 2 * RECORD
+        self.records.write(at, place.tile, WARPS)
+        self.records.write(at + 1, place.b, WARPS)
+        self.records.write(at + 2, place.kv_h, WARPS)
+        self.records.write(at + 3, place.scratch, WARPS)
+        if self.lengths.VARLEN:
+            self.records.write(at + 4, place.q_start, WARPS)
+            self.records.write(at + 5, place.q_len, WARPS)
+            self.records.write(at + 6, place.k_start, WARPS)
+            self.records.write(at + 7, place.k_len, WARPS)
         for w in gl.static_range(self.GROUPS):
             for i in gl.static_range(4):
-                self._write(turn, 8 + 4 * w + i, spans[w][i], WARPS)
+                self.records.write(at + 8 + 4 * w + i, spans[w][i], WARPS)
         barrier()
         mbarrier.arrive(self.announced.index(turn % 2), count=1)
         return place, spans
@@ -119,31 +115,23 @@ class Items:
     @gluon.jit
     def place(self, turn):
         """The Place of an item that was waited for. Asking twice saves registers between."""
-        tile = self._read(turn, 0)
-        b = self._read(turn, 1)
-        kv_h = self._read(turn, 2)
-        scratch = gl.multiple_of(self._read(turn, 3), 128)
-        q_start, q_len = gl.to_tensor(0), self.max_q
-        k_start, k_len = gl.to_tensor(0), self.max_k
-        if self.VARLEN:
-            q_start, q_len = self._read(turn, 4), self._read(turn, 5)
-            k_start, k_len = self._read(turn, 6), self._read(turn, 7)
+        at = turn % 2 * RECORD
+        tile = self.records.read(at)
+        b = self.records.read(at + 1)
+        kv_h = self.records.read(at + 2)
+        scratch = gl.multiple_of(self.records.read(at + 3), 128)
+        q_start, q_len = gl.to_tensor(0), self.lengths.max_q
+        k_start, k_len = gl.to_tensor(0), self.lengths.max_k
+        if self.lengths.VARLEN:
+            q_start, q_len = self.records.read(at + 4), self.records.read(at + 5)
+            k_start, k_len = self.records.read(at + 6), self.records.read(at + 7)
         return self._at(tile, b, kv_h, q_start, q_len, k_start, k_len, scratch)
 
     @gluon.jit
     def _walk(self, turn, w):
-        at = 8 + 4 * w
-        return self._read(turn, at), self._read(turn, at + 1), self._read(turn, at + 2), self._read(turn, at + 3)
-
-    @gluon.jit
-    def _write(self, turn, i, value, WARPS: gl.constexpr):
-        ONE: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
-        self.records.index(turn % 2 * RECORD + i).store(gl.full([1], 0, gl.int32, ONE) + value)
-
-    @gluon.jit
-    def _read(self, turn, i):
-        ONE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-        return gl.max(self.records.index(turn % 2 * RECORD + i).load(ONE), 0)
+        records = self.records
+        at = turn % 2 * RECORD + 8 + 4 * w
+        return records.read(at), records.read(at + 1), records.read(at + 2), records.read(at + 3)
 
     @gluon.jit
     def _place(self, item):
@@ -155,16 +143,15 @@ class Items:
         kv_heads = self.heads // self.group
         b = bh // kv_heads
         kv_h = bh % kv_heads
-        q_start, q_len = sequence(self.cu_q, b, self.max_q, self.total_q, 0, self.mailbox, self.VARLEN, False)
-        k_start, k_len = sequence(self.cu_k, b, self.max_k, self.total_k, 2, self.mailbox, self.VARLEN, False)
-        scratch = scratch_row(b, kv_h * self.group, self.heads, q_start, self.padded, self.VARLEN)
+        q_start, q_len, k_start, k_len = self.lengths.of(b, False)
+        scratch = scratch_row(b, kv_h * self.group, self.heads, q_start, self.padded, self.lengths.VARLEN)
         return self._at(gl.where(item > last, -1, tile), b, kv_h, q_start, q_len, k_start, k_len, scratch)
 
     @gluon.jit
     def _at(self, tile, b, kv_h, q_start, q_len, k_start, k_len, scratch):
         return Place(
             tile, b, kv_h, self.heads, self.group, tile * (self.GROUPS * KEYS), q_start, q_len, k_start, k_len,
-            scratch, self.padded, self.VARLEN, self.BLOCK_M, self.GROUPS * KEYS,
+            scratch, self.padded, self.lengths.VARLEN, self.BLOCK_M, self.GROUPS * KEYS,
         )  # fmt: skip
 
 
@@ -293,6 +280,7 @@ class Pipes:
     delta, one of dO tiles released together with it, a ring of dS, and the shared memory through which dQ leaves.
 
     Steps count as n over all items, items as turns. keys, values: rings of one slot, a tile for each consumer in it.
+    scores: the buffer of a consumer holds its slots one after the other, so that dK finds room there in the end.
     DIM, DIM_V: how many of a tile's D or DV columns the head dims take.
     biases: for each slot of the query ring and each consumer, the bias of its scores, a row of 64 keys for each query.
     """

@@ -21,6 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from flashtile.backends.hopper.bias_tiles import axis, load_tile
 from flashtile.backends.hopper.descriptors import load_rows, store_rows, swizzled
 from flashtile.backends.hopper.dialect import aggregate, barrier
+from flashtile.backends.hopper.lengths import Lengths
 from flashtile.backends.hopper.online_softmax import shrink, weigh, weigh_first
 from flashtile.backends.hopper.rings import Ring, barriers, ring
 from flashtile.backends.hopper.scores import MINUS_INFINITY, drop, load_bias, scores
@@ -118,7 +119,7 @@ def _producer(q_desc, k_desc, v_desc, bias_desc, counter, pipes, shapes, change)
     _load_queries(q_desc, tile, b, h, work, pipes, shapes)
     while tile >= 0:
         row = tile * shapes.BLOCK_M
-        _, q_len, _, k_len = shapes.sequences(b, False)
+        _, q_len, _, k_len = shapes.lengths.of(b, False)
         first, _, _, stop = shapes.walk(row, b, q_len, k_len, shapes.BLOCK_M)
         early = gl.maximum(stop - 2, first) if pipes.queries.STAGES == 2 else first
         n = _load_keys(k_desc, v_desc, bias_desc, row, b, h, stop, stop, early, n, pipes, shapes, change)
@@ -140,11 +141,11 @@ def _load_queries(q_desc, tile, b, h, work, pipes, shapes):
     pipes.queries.await_empty(work)
     pipes.places.write(work, tile, gl.where(tile >= 0, b, 0), h)
     if tile >= 0:
-        q_start, q_len, _, _ = shapes.sequences(b, False)
+        q_start, q_len, _, _ = shapes.lengths.of(b, False)
         full = pipes.queries.expect(work, pipes.GROUPS * q_desc.block_type.nbytes)
         for w in gl.static_range(pipes.GROUPS):
             row = tile * shapes.BLOCK_M + 64 * w
-            load_rows(q_desc, full, pipes.query(work, w), b, h, q_start, q_len, row, shapes.VARLEN)
+            load_rows(q_desc, full, pipes.query(work, w), b, h, q_start, q_len, row, shapes.lengths.VARLEN)
     else:
         pipes.queries.expect(work, 0)
 
@@ -156,12 +157,12 @@ def _load_keys(k_desc, v_desc, bias_desc, first_row, b, h, stop, above, below, n
     """
     BIAS_BYTES: gl.constexpr = pipes.GROUPS * bias_desc.block_type.nbytes if pipes.BIAS_TILES else 0
     kv_h = h // shapes.group
-    _, _, k_start, k_len = shapes.sequences(b, False)
+    _, _, k_start, k_len = shapes.lengths.of(b, False)
     for j in range(above - below):
         tile = above - 1 - j
         key = tile * shapes.BLOCK_N
         full = pipes.keys.claim(n, k_desc.block_type.nbytes + BIAS_BYTES)
-        load_rows(k_desc, full, pipes.keys.slot(n), b, kv_h, k_start, k_len, key, shapes.VARLEN)
+        load_rows(k_desc, full, pipes.keys.slot(n), b, kv_h, k_start, k_len, key, shapes.lengths.VARLEN)
         if pipes.BIAS_TILES:
             bias_b, bias_h = axis(b, change.stride_bb), axis(h, change.stride_bh)
             for w in gl.static_range(pipes.GROUPS):
@@ -175,10 +176,10 @@ def _load_keys(k_desc, v_desc, bias_desc, first_row, b, h, stop, above, below, n
 @gluon.jit
 def _load_values(v_desc, b, h, tile, n, pipes, shapes):
     """A value tile."""
-    _, _, k_start, k_len = shapes.sequences(b, False)
+    _, _, k_start, k_len = shapes.lengths.of(b, False)
     full = pipes.values.claim(n, v_desc.block_type.nbytes)
     slot = pipes.values.slot(n)
-    load_rows(v_desc, full, slot, b, h // shapes.group, k_start, k_len, tile * shapes.BLOCK_N, shapes.VARLEN)
+    load_rows(v_desc, full, slot, b, h // shapes.group, k_start, k_len, tile * shapes.BLOCK_N, shapes.lengths.VARLEN)
 
 
 @gluon.jit
@@ -241,7 +242,7 @@ def _attend(q, n, span, pipes, rows, change, m, KIND: gl.constexpr):
 def _item(o_desc, lse, work, n, b, h, first_row, span, q_len, pipes, shapes, change, state, WG: gl.constexpr):
     """The 64 rows number WG of one item, from S to the stores of O and lse; the number of the key tile after it."""
     S_ROWS: gl.constexpr = gl.SliceLayout(1, accumulator(shapes.BLOCK_N))
-    q_start, _, _, k_len = shapes.sequences(b, False)
+    q_start, _, _, k_len = shapes.lengths.of(b, False)
     mine = first_row + 64 * WG
     before = 0
     if shapes.KIND != "none" and pipes.STRIPS:
@@ -279,7 +280,7 @@ def _item(o_desc, lse, work, n, b, h, first_row, span, q_len, pipes, shapes, cha
     own.store((o * share[:, None]).to(p16.dtype))
     fence_async_shared()
     barrier()
-    store_rows(o_desc, own, b, h, q_start, q_len, mine, shapes.VARLEN)
+    store_rows(o_desc, own, b, h, q_start, q_len, mine, shapes.lengths.VARLEN)
     if pipes.SHARED:
         tma.store_wait(0)
         pipes.queries.release(work)
@@ -294,7 +295,7 @@ def _consumer(o_desc, out, lse, stride_om, stride_oh, pipes, shapes, change, WG:
     work = 0
     tile, b, h = pipes.place(work)
     while tile >= 0:
-        _, q_len, _, k_len = shapes.sequences(b, False)
+        _, q_len, _, k_len = shapes.lengths.of(b, False)
         first_row = tile * shapes.BLOCK_M
         span = shapes.walk(first_row, b, q_len, k_len, shapes.BLOCK_M)
         # Settled when the kernel is compiled. Where shared memory is short, registers are, too: no branch fits.
@@ -308,9 +309,9 @@ def _consumer(o_desc, out, lse, stride_om, stride_oh, pipes, shapes, change, WG:
         work += 1
         tile, b, h = pipes.place(work)
     tma.store_wait(0)
-    if shapes.VARLEN and WG == 0:
+    if shapes.lengths.VARLEN and WG == 0:
         for b in range(-1 - tile, shapes.batch, gl.num_programs(0)):
-            shapes.sequences(b, True)
+            shapes.lengths.of(b, True)
         for i in range(-1 - tile, shapes.tiles * shapes.heads, gl.num_programs(0)):
             row = i // shapes.heads * 64
             _blank(out, lse, row, i % shapes.heads, stride_om, stride_oh, shapes, pipes.DV, DIM_V)
@@ -324,10 +325,10 @@ def _blank(out, lse, offset, h, stride_om, stride_oh, shapes, DV: gl.constexpr, 
     column = gl.arange(0, DV, layout=gl.SliceLayout(0, BOTH))
     zeros = gl.zeros([64, DV], out.dtype.element_ty, BOTH)
     hidden = gl.full([64], MINUS_INFINITY, gl.float32, gl.SliceLayout(1, BOTH))
-    start = past_end(shapes.cu_q, shapes.batch, shapes.total_q)
-    for first in range(start + offset, shapes.total_q, shapes.tiles * 64):
+    start = past_end(shapes.lengths.cu_q, shapes.batch, shapes.lengths.total_q)
+    for first in range(start + offset, shapes.lengths.total_q, shapes.tiles * 64):
         row = first + rows
-        inside = row < shapes.total_q
+        inside = row < shapes.lengths.total_q
         at = h.to(gl.int64) * stride_oh + row.to(gl.int64)[:, None] * stride_om + column[None, :]
         gl.store(out + at, zeros, mask=inside[:, None] & (column < DIM_V)[None, :])
         gl.store(lse + shapes.lse_row(0, h, 0) + row, hidden, mask=inside)
@@ -349,9 +350,10 @@ def forward_kernel(
     dtype: gl.constexpr = q_desc.dtype
     D: gl.constexpr = q_desc.block_type.shape[-1]
     DV: gl.constexpr = o_desc.block_type.shape[-1]
+    lengths = Lengths(cu_q, cu_k, mailbox, max_q, max_k, total_q, total_k, VARLEN)
     shapes = Shapes(
-        cu_q, cu_k, lo, hi, mailbox, batch, heads, group, max_q, max_k, total_q, total_k, tiles, programs, section,
-        left, right, stride_tb, VARLEN, KIND, PAIRED, COUNTED, BATCH_FIRST, GROUPS * 64, BLOCK_N,
+        lengths, lo, hi, batch, heads, group, tiles, programs, section, left, right, stride_tb, KIND, PAIRED, COUNTED,
+        BATCH_FIRST, GROUPS * 64, BLOCK_N,
     )  # fmt: skip
     change = Change(
         bias, slopes, sinks, rng, stride_bb, stride_bh, stride_bm, stride_sb, scale, softcap, threshold, keep_scale,

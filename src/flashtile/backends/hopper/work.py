@@ -4,34 +4,29 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from flashtile.backends.hopper.dialect import aggregate, barrier
+from flashtile.backends.hopper.lengths import Lengths
+from flashtile.backends.hopper.words import Words, words
 from flashtile.gpu.intervals import interval, split
 from flashtile.gpu.scores import LOG2E
-from flashtile.gpu.sequences import place, sequence
+from flashtile.gpu.sequences import place
 
 
 @aggregate
 class Shapes:
     """Where the work lies: what every role needs to find its items, and the mask."""
 
-    cu_q: gl.tensor
-    cu_k: gl.tensor
+    lengths: Lengths
     lo: gl.tensor
     hi: gl.tensor
-    mailbox: gl.tensor
     batch: gl.tensor
     heads: gl.tensor
     group: gl.tensor
-    max_q: gl.tensor
-    max_k: gl.tensor
-    total_q: gl.tensor
-    total_k: gl.tensor
     tiles: gl.tensor
     programs: gl.tensor
     section: gl.tensor
     left: gl.tensor
     right: gl.tensor
     stride_tb: gl.tensor
-    VARLEN: gl.constexpr
     KIND: gl.constexpr
     PAIRED: gl.constexpr
     COUNTED: gl.constexpr
@@ -107,7 +102,7 @@ class Shapes:
     @gluon.jit
     def take(self, item, b, before):
         """The item with a number among those of all programs."""
-        if self.VARLEN:
+        if self.lengths.VARLEN:
             return self.find(item, b, before)
         else:
             tile, b, h = self.at(gl.minimum(item, self.tiles * self.programs - 1))
@@ -123,7 +118,7 @@ class Shapes:
             twice = (turn % 2 == 1) & (2 * tile + 1 == self.tiles)
             turn += twice.to(gl.int32)
             tile, b, h = self.place(turn)
-        tile = gl.where((turn < self.turns()) & (tile * self.BLOCK_M < self.max_q), tile, -1)
+        tile = gl.where((turn < self.turns()) & (tile * self.BLOCK_M < self.lengths.max_q), tile, -1)
         return turn, tile, b, h, gl.to_tensor(0)
 
     @gluon.jit
@@ -151,23 +146,16 @@ class Shapes:
     @gluon.jit
     def tiles_of(self, b):
         """Query tiles of packed sequence b."""
-        _, length = sequence(self.cu_q, b, self.max_q, self.total_q, 0, self.mailbox, True, False)
+        _, length = self.lengths.of_queries(b, False)
         return gl.cdiv(length, self.BLOCK_M)
-
-    @gluon.jit
-    def sequences(self, b, check):
-        """(q_start, q_len, k_start, k_len) of sequence b."""
-        q_start, q_len = sequence(self.cu_q, b, self.max_q, self.total_q, 0, self.mailbox, self.VARLEN, check)
-        k_start, k_len = sequence(self.cu_k, b, self.max_k, self.total_k, 2, self.mailbox, self.VARLEN, check)
-        return q_start, q_len, k_start, k_len
 
     @gluon.jit
     def lse_row(self, b, h, start):
         """Where the lse of a sequence's first row lies."""
-        if self.VARLEN:
-            return h.to(gl.int64) * self.total_q + start
+        if self.lengths.VARLEN:
+            return h.to(gl.int64) * self.lengths.total_q + start
         else:
-            return (b * self.heads + h).to(gl.int64) * self.max_q
+            return (b * self.heads + h).to(gl.int64) * self.lengths.max_q
 
     @gluon.jit
     def seen(self, row, b, q_len, k_len):
@@ -203,34 +191,29 @@ class Shapes:
 class Places:
     """Where the query tiles of a ring lie, in shared memory beside them: tile (below 0: no more), sequence and head."""
 
-    memory: gl.shared_memory_descriptor
+    words: Words
     STAGES: gl.constexpr
 
     @gluon.jit
     def write(self, work, tile, b, h):
         """The producer's, before it announces the slot's bytes."""
-        ONE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
         at = work % self.STAGES * 3
-        self.memory.index(at).store(gl.full([1], 0, gl.int32, ONE) + tile)
-        self.memory.index(at + 1).store(gl.full([1], 0, gl.int32, ONE) + b)
-        self.memory.index(at + 2).store(gl.full([1], 0, gl.int32, ONE) + h)
+        self.words.write(at, tile, 4)
+        self.words.write(at + 1, b, 4)
+        self.words.write(at + 2, h, 4)
         barrier()
 
     @gluon.jit
     def read(self, work):
         """A consumer's, once the slot is full: (tile, sequence, head)."""
-        ONE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
         at = work % self.STAGES * 3
-        tile = gl.max(self.memory.index(at).load(ONE), 0)
-        b = gl.max(self.memory.index(at + 1).load(ONE), 0)
-        return tile, b, gl.max(self.memory.index(at + 2).load(ONE), 0)
+        return self.words.read(at), self.words.read(at + 1), self.words.read(at + 2)
 
 
 @gluon.jit
 def places(STAGES: gl.constexpr):
     """Memory for STAGES of them."""
-    memory = gl.allocate_shared_memory(gl.int32, [3 * STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    return Places(memory, STAGES)
+    return Places(words(3 * STAGES), STAGES)
 
 
 @aggregate

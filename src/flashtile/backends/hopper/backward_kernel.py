@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from flashtile.backends.hopper.backward_step import BiasGradient, keys_of, walk
 from flashtile.backends.hopper.backward_wide import consume_keys, consume_values
-from flashtile.backends.hopper.backward_work import KEYS, RECORD, Items, Mask, Pipes, Scoring
+from flashtile.backends.hopper.backward_work import KEYS, RECORD, Items, Mask, Pipes, Scoring, steps_of, whole
 from flashtile.backends.hopper.bias_tiles import axis, load_tile
 from flashtile.backends.hopper.descriptors import load_rows, store_rows, swizzled
 from flashtile.backends.hopper.dialect import aggregate, barrier, load, reduce_add
@@ -39,7 +39,7 @@ class Sources:
     """What is loaded: query tiles with their rows of lse and delta, tiles of dO and of a bias for each step, keys and
     values once for an item.
 
-    first, last: the query tiles that an item walks through for each grouped head.
+    spans: an item's walks, which it goes through for each grouped head.
     """
 
     q: tma.tensor_descriptor
@@ -52,9 +52,10 @@ class Sources:
     stride_bh: gl.tensor
 
     @gluon.jit
-    def load_step(self, pipes, place, first, last, step, n):
+    def load_step(self, pipes, place, spans, step, n):
         """Starts the copies for an item's step number `step`, step n of all, once its slot is empty."""
         BLOCK_M: gl.constexpr = pipes.BLOCK_M
+        first, last = whole(spans)
         g = 0
         if pipes.GROUPED:
             g = step // (last - first)
@@ -78,10 +79,11 @@ class Sources:
         load_rows(self.do, full, slot, place.b, h, place.q_start, place.q_len, row, place.VARLEN)
 
     @gluon.jit
-    def load_first(self, pipes, place, first, last, turn, n):
+    def load_first(self, pipes, place, spans, turn, n):
         """Starts the copies for an item's first step, and of its keys and values once those of the last have left."""
+        first, last = whole(spans)
         if last > first:
-            self.load_step(pipes, place, first, last, 0, n)
+            self.load_step(pipes, place, spans, 0, n)
             _load_keys(self.k, pipes.keys, place, turn)
             _load_keys(self.v, pipes.values, place, turn)
         else:  # keys that nobody sees
@@ -109,11 +111,10 @@ def _load(sources, pipes, items, mask):
     turn = 0
     place, spans = items.take(turn, mask, 1)
     while place.tile >= 0:
-        first, last = spans[0][0], spans[pipes.GROUPS - 1][3]
-        sources.load_first(pipes, place, first, last, turn, n)
-        steps = (last - first) * place.group
+        sources.load_first(pipes, place, spans, turn, n)
+        steps = steps_of(place, spans)
         for step in range(1, steps):
-            sources.load_step(pipes, place, first, last, step, n + step)
+            sources.load_step(pipes, place, spans, step, n + step)
         n += steps
         turn += 1
         # Only now: an item that waits for its program may be what all others wait for in the end.
@@ -202,12 +203,13 @@ def _add(dq_desc, block, n, pipes, FROM: gl.constexpr, TO: gl.constexpr, SENT: g
 
 @gluon.jit
 def _add_steps(
-    dq_desc, n, begin, end, g, furthest, first, last, origin, turns, sources, pipes, place, mask, dbias,
-    FROM: gl.constexpr, TO: gl.constexpr, LOADS: gl.constexpr,
+    dq_desc, n, begin, end, g, furthest, origin, turns, sources, pipes, place, spans, mask, dbias, FROM: gl.constexpr,
+    TO: gl.constexpr, LOADS: gl.constexpr,
 ):  # fmt: skip
     """Steps begin to end of the g-th head. furthest: the last tile of keys that the steps before see, or this one;
-    first, last: the query tiles that the item walks through for each head; origin: its first step.
+    origin: the item's first step.
     """
+    first, last = whole(spans)
     base = place.block(g)
     for i in range(begin, end):
         pipes.scores.await_full(n)
@@ -225,8 +227,8 @@ def _add_steps(
         _add(dq_desc, base + i, n, pipes, FROM, TO, TO - FROM if dbias.STORED else 0)
         if LOADS:
             ahead = n - origin + pipes.queries.STAGES
-            if ahead < (last - first) * place.group:
-                sources.load_step(pipes, place, first, last, ahead, origin + ahead)
+            if ahead < steps_of(place, spans):
+                sources.load_step(pipes, place, spans, ahead, origin + ahead)
         n += 1
     return n, furthest
 
@@ -245,10 +247,9 @@ def _reduce(dq_desc, turns, sources, pipes, items, mask, dbias, LOADS: gl.conste
         place, spans = items.wait(turn)
     while place.tile >= 0:
         if LOADS:
-            first, last = spans[0][0], spans[pipes.GROUPS - 1][3]
-            sources.load_first(pipes, place, first, last, turn, n)
-            for step in range(1, gl.minimum((last - first) * place.group, pipes.queries.STAGES)):
-                sources.load_step(pipes, place, first, last, step, n + step)
+            sources.load_first(pipes, place, spans, turn, n)
+            for step in range(1, gl.minimum(steps_of(place, spans), pipes.queries.STAGES)):
+                sources.load_step(pipes, place, spans, step, n + step)
         pipes.keys.await_full(turn)
         n = _add_item(dq_desc, n, turns, sources, pipes, place, mask, dbias, spans, LOADS)
         mbarrier.arrive(pipes.done.index(0), count=1)
@@ -266,7 +267,7 @@ def _reduce(dq_desc, turns, sources, pipes, items, mask, dbias, LOADS: gl.conste
 def _add_item(dq_desc, n, turns, sources, pipes, place, mask, dbias, spans, LOADS: gl.constexpr):
     """All steps of an item from step n on; the step after them."""
     GROUPS: gl.constexpr = pipes.GROUPS
-    first, last = spans[0][0], spans[GROUPS - 1][3]
+    first, last = whole(spans)
     origin = n
     for g in range(place.group if pipes.GROUPED else 1):
         furthest = place.tile
@@ -275,22 +276,22 @@ def _add_item(dq_desc, n, turns, sources, pipes, place, mask, dbias, spans, LOAD
             for w in gl.static_range(1, GROUPS):
                 end = spans[w][0]
                 n, furthest = _add_steps(
-                    dq_desc, n, begin, end, g, furthest, first, last, origin, turns, sources, pipes, place, mask,
-                    dbias, 0, w, LOADS,
+                    dq_desc, n, begin, end, g, furthest, origin, turns, sources, pipes, place, spans, mask, dbias, 0,
+                    w, LOADS,
                 )  # fmt: skip
                 begin = end
         end = spans[0][3]
         n, furthest = _add_steps(
-            dq_desc, n, begin, end, g, furthest, first, last, origin, turns, sources, pipes, place, mask, dbias, 0,
-            GROUPS, LOADS,
+            dq_desc, n, begin, end, g, furthest, origin, turns, sources, pipes, place, spans, mask, dbias, 0, GROUPS,
+            LOADS,
         )  # fmt: skip
         if mask.LEFT:
             for w in gl.static_range(1, GROUPS):
                 begin = end
                 end = spans[w][3]
                 n, furthest = _add_steps(
-                    dq_desc, n, begin, end, g, furthest, first, last, origin, turns, sources, pipes, place, mask,
-                    dbias, w, GROUPS, LOADS,
+                    dq_desc, n, begin, end, g, furthest, origin, turns, sources, pipes, place, spans, mask, dbias, w,
+                    GROUPS, LOADS,
                 )  # fmt: skip
         if last > first:
             turns.pass_on(place.block(g) + (last - 1) // turns.STEPS * turns.STEPS)
@@ -313,7 +314,7 @@ def _consume(dk_desc, dv_desc, pipes, items, mask, scoring, dbias, WG: gl.conste
 @gluon.jit
 def _gradients(n, turn, place, spans, pipes, mask, scoring, dbias, WG: gl.constexpr):
     """dK and dV of 64 keys of one item, from step n on, and the step after it."""
-    first, last = spans[0][0], spans[pipes.GROUPS - 1][3]
+    first, last = whole(spans)
     dk = gl.zeros([KEYS, pipes.D], gl.float32, accumulator(pipes.D))
     dv = gl.zeros([KEYS, pipes.DV], gl.float32, accumulator(pipes.DV))
     pipes.keys.await_full(turn)

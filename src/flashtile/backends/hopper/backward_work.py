@@ -235,6 +235,19 @@ class Mask:
                 return first, second, self.next_walk(place.first_key + 2 * KEYS, first[3], second[3], place)
 
 
+@gluon.jit
+def whole(spans):
+    """[first, last) of the query tiles that the walks of an item's consumers go through."""
+    return spans[0][0], spans[len(spans) - 1][3]
+
+
+@gluon.jit
+def steps_of(place, spans):
+    """How many steps an item has, over all query heads of its group."""
+    first, last = whole(spans)
+    return (last - first) * place.group
+
+
 @aggregate
 class Scoring:
     """How a product becomes a score, and what dropout does to its weight. ORDERED: no row sees a key after its own."""

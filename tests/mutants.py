@@ -75,6 +75,7 @@ _HAND_OVER = "    pipes.scores_of(n, 0).store(handed)"
 _TAKE_OVER = "    weights.await_full(n)"
 _AWAIT_DONE = "    pipes.await_done(turn)"
 _TAKE_ITEM = "        place, spans = items.take(turn, mask, 1)"
+_TAKE_ITEM_WITHOUT_LOADER = "            place, spans = items.take(turn, mask, 4)"
 
 DELAYED = (
     Mutant("late producer", "forward", (before("forward_kernel", _CLAIM_KEYS, "late(n)"),)),
@@ -93,7 +94,11 @@ DELAYED = (
     ),
     Mutant("late dq", "backward", (after("backward_kernel", _TAKE_SCORES, "late(n)"),)),
     Mutant("late gradients", "backward", (before("backward_kernel", _AWAIT_DONE, "late(turn + WG + 1)"),)),
-    Mutant("late items", "backward", (before("backward_kernel", _TAKE_ITEM, "late(turn)"),)),
+    Mutant(
+        "late items",
+        "backward",
+        tuple(before("backward_kernel", line, "late(turn)") for line in (_TAKE_ITEM, _TAKE_ITEM_WITHOUT_LOADER)),
+    ),
     Mutant("late wide dq", "backward", (after("backward_kernel", _TAKE_SCORES, "late(n)"),), True),
     Mutant("late weights", "backward", (before("backward_wide", _HAND_OVER, "late(n)"),), True),
     Mutant("late derivatives", "backward", (before("backward_wide", _TAKE_OVER, "late(n)"),), True),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -70,10 +72,12 @@ def check(rows: list[dict[str, Any]], target: str, dim: int) -> None:
 # Bytes. The Hopper backward still spills: most around its loops, with every feature at once inside them.
 HOPPER_BACKWARD_SPILLS = {"softcap": 1400, "dropout": 380, "": 200}
 
-# Bytes that the Hopper forward spills once an item, around its steps, whose tiles take all registers; in the steps
-# themselves nothing, but with Triton 3.9 and dropout: loads and stores.
+# Bytes that the Hopper forward spills once an item, around its steps, whose tiles take all registers.
 HOPPER_FORWARD_SPILLS = {"3.9.0": 128, "": 64}
-HOPPER_SPILLS_IN_STEPS = {"3.9.0": 70}
+
+# Loads and stores of spilled registers in the steps themselves: in the forward's with Triton 3.9 and dropout only, in
+# the backward's without dropout, softcap and bias.
+HOPPER_SPILLS_IN_STEPS = {("forward", "3.9.0"): 70, ("backward", "3.9.0"): 150, ("backward", ""): 10}
 
 
 def known_hopper_spills(kernel: str, problem: str, version: str | None) -> int:
@@ -84,14 +88,21 @@ def known_hopper_spills(kernel: str, problem: str, version: str | None) -> int:
     return HOPPER_FORWARD_SPILLS.get(version or "", HOPPER_FORWARD_SPILLS[""])
 
 
+def known_hopper_spills_in_steps(kernel: str, problem: str, version: str | None) -> float:
+    if kernel == "backward" and re.search("dropout|softcap|bias", problem):
+        return math.inf
+    known = HOPPER_SPILLS_IN_STEPS
+    return known.get((kernel, version or ""), known.get((kernel, ""), 0))
+
+
 def check_hopper(rows: list[dict[str, Any]], mode: str, version: str | None = None) -> None:
     """As `check`, and raises where a kernel has no products of warp groups or lets them run one by one."""
     assert {row["kernel"] for row in rows} >= {mode}
     for row in rows:
         assert row["registers"] > 0, row
         assert row["spills"] <= known_hopper_spills(row["kernel"], row["problem"], version), f"spills: {row}"
-        steps = HOPPER_SPILLS_IN_STEPS.get(version or "", 0)
-        assert row["kernel"] != "forward" or row["spills_in_steps"] <= steps, f"spills in steps: {row}"
+        in_steps = known_hopper_spills_in_steps(row["kernel"], row["problem"], version)
+        assert row["spills_in_steps"] <= in_steps, f"spills in steps: {row}"
         plain = row["kernel"] == "forward" and row["problem"].endswith("float16 cuda")
         assert row["scores_in_order"] or not plain, f"scores: {row}"
         assert row["shared"] <= SHARED_MEMORY["sm_90"], f"shared memory: {row}"
@@ -143,6 +154,23 @@ def test_a_bad_hopper_kernel_is_caught(wrong: dict[str, Any], message: str) -> N
     check_hopper([good], "forward")
     with pytest.raises(AssertionError, match=message):
         check_hopper([{**good, **wrong}], "forward")
+
+
+def test_spills_in_the_steps_of_a_backward_are_caught_but_with_features() -> None:
+    row = {
+        "kernel": "backward",
+        "problem": "b2 q8192 k8192 h16/4 d128 bfloat16 cuda causal",
+        "registers": 128,
+        "spills": 40,
+        "spills_in_steps": 11,
+        "scores_in_order": True,
+        "shared": 1024,
+        "products": 24,
+        "serialized": [],
+    }
+    with pytest.raises(AssertionError, match="spills in steps"):
+        check_hopper([row], "backward")
+    check_hopper([{**row, "problem": row["problem"] + " dropout0.1"}], "backward")
 
 
 def test_scores_out_of_order_are_noticed() -> None:

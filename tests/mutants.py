@@ -66,7 +66,7 @@ def after(file: str, line: str, added: str, deeper: int = 0) -> Edit:
     return Edit(file, f"\n{line}\n", f"\n{line}\n{indent}{added}\n")
 
 
-_CLAIM_KEYS = "        full = pipes.keys.claim(n, k_desc.block_type.nbytes + BIAS_BYTES)"
+_CLAIM_KEYS = "        full = pipes.keys.claim(n, pipes.PANELS * k_desc.block_type.nbytes + BIAS_BYTES)"
 _CLAIM_QUERIES = "        full = pipes.queries.claim(n, QUERY_BYTES + BIAS_BYTES)"
 _WALK = "    for tile in range(stop - 2, first - 1, -1):"
 _WAIT = "    q = pipes.queries.wait(n)"

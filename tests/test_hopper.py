@@ -173,6 +173,25 @@ def test_the_diagonal_crosses_one_tile_where_it_begins_at_a_tile(changes: dict[s
     assert forward_pass._one_tile_on_diagonal(problem, config) is expected
 
 
+@pytest.mark.parametrize(
+    ("changes", "panels"),
+    [
+        ({}, True),
+        ({"window_right": 0}, True),
+        ({"qk_dim": 136, "v_dim": 80}, True),
+        ({"qk_dim": 193}, False),
+        ({"v_dim": 64}, False),
+        ({"v_dim": 192}, False),
+        ({"softcap": 3.0}, False),
+        ({"window_right": 0, "window_left": 100}, False),
+    ],
+)
+def test_wide_keys_with_narrower_values_come_in_panels(changes: dict[str, Any], panels: bool) -> None:
+    config = configs.forward(replace(PLAIN, **{"qk_dim": 192, "v_dim": 128, **changes}))
+    assert config is not None
+    assert config.panels == panels
+
+
 @pytest.mark.parametrize(("rows", "groups"), [(16384, 3), (16383, 4)])
 def test_long_calls_of_narrow_heads_get_wider_tiles(rows: int, groups: int) -> None:
     config = configs.forward(replace(PLAIN, qk_dim=64, v_dim=64, q_len=rows, k_len=rows))

@@ -17,6 +17,7 @@ class Config:
     registers: of a consumer's and of a producer's thread.
     shared: O leaves through Q's shared memory. query_stages: slots of the ring of query tiles. pieces: a tile's
     exponentials are made in so many, to save registers. strips: each consumer skips the key tiles that only others see.
+    panels: queries and keys lie in panels of 64 columns, as many as the head dim needs, not in a power of two.
     """
 
     groups: int
@@ -27,6 +28,7 @@ class Config:
     query_stages: int = 1
     pieces: int = 1
     strips: bool = False
+    panels: bool = False
 
 
 class Row(NamedTuple):
@@ -59,6 +61,10 @@ def _few_rounds(problem: Problem) -> bool:
 
 def _long_without_diagonal(problem: Problem) -> bool:
     return _no_diagonal(problem) and not problem.varlen and min(problem.q_len, problem.k_len) >= 16384
+
+
+def _narrow_values(problem: Problem) -> bool:
+    return 128 < problem.qk_dim <= 192 and 64 < problem.v_dim <= 128 and _dense_without_left(problem)
 
 
 def _softcap_alone(problem: Problem) -> bool:
@@ -121,7 +127,9 @@ FORWARD = (
     Row(128, 3, Config(2, 64, 3, _TWO, shared=True, query_stages=2), _without_left, bias_tiles=True),  # more spill
     Row(128, 2, Config(2, 64, 3, _TWO, query_stages=2)),  # 128 keys spill
     Row(128, 9, Config(2, 32, 4, _TWO, query_stages=2)),  # 64 keys spill
-    # full 768, two pieces 753; 192 with values of 128: 575
+    # 192 with values of 128, causal, 4096: 695, 584 with 64 keys in one tile of 256 columns
+    Row(192, 0, Config(2, 128, 2, _TWO, shared=True, pieces=2, panels=True), _narrow_values),
+    # full 768, two pieces 753
     Row(256, 1, Config(2, 64, 2, _TWO, shared=True, strips=True), _light_dense_without_left),
     Row(256, 1, Config(2, 64, 2, _TWO, shared=True, strips=True, pieces=2), _light_without_left),  # one piece spills
     Row(256, 1, Config(2, 64, 2, _TWO, shared=True, pieces=2), _light),  # strips spill

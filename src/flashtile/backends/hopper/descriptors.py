@@ -82,20 +82,20 @@ def _steps_fit(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) 
 
 
 @gluon.jit
-def load_rows(desc, full, tile, b, h, start, length, row, VARLEN: gl.constexpr):
-    """Starts the copy of a box into tile [ROWS, DIM]; its bytes arrive at the barrier `full`."""
+def load_rows(desc, full, tile, b, h, start, length, row, VARLEN: gl.constexpr, COLUMN: gl.constexpr = 0):
+    """Starts the copy of a box, from column COLUMN on, into tile [ROWS, DIM]; its bytes arrive at `full`."""
     box = reinterpret(tile, desc.dtype, desc.block_type.shape, desc.layout)
     if VARLEN:
-        load(desc, [RAGGED, start + length, RAGGED - length + row, h, 0], full, box)
+        load(desc, [RAGGED, start + length, RAGGED - length + row, h, COLUMN], full, box)
     else:
-        load(desc, [b, row, h, 0], full, box)
+        load(desc, [b, row, h, COLUMN], full, box)
 
 
 @gluon.jit
-def store_rows(desc, tile, b, h, start, length, row, VARLEN: gl.constexpr):
-    """Starts the copy of tile [ROWS, DIM] to its box; tma.store_wait waits until the tile has been read."""
+def store_rows(desc, tile, b, h, start, length, row, VARLEN: gl.constexpr, COLUMN: gl.constexpr = 0):
+    """Starts the copy of tile [ROWS, DIM] to its box, from column COLUMN on; tma.store_wait waits until it was read."""
     box = reinterpret(tile, desc.dtype, desc.block_type.shape, desc.layout)
     if VARLEN:
-        store(desc, [RAGGED, start + length, RAGGED - length + row, h, 0], box)
+        store(desc, [RAGGED, start + length, RAGGED - length + row, h, COLUMN], box)
     else:
-        store(desc, [b, row, h, 0], box)
+        store(desc, [b, row, h, COLUMN], box)

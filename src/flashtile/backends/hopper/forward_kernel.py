@@ -25,7 +25,7 @@ from flashtile.backends.hopper.lengths import Lengths
 from flashtile.backends.hopper.online_softmax import shrink, weigh, weigh_first
 from flashtile.backends.hopper.rings import Ring, barriers, ring
 from flashtile.backends.hopper.scores import MINUS_INFINITY, drop, load_bias, scores
-from flashtile.backends.hopper.tiles import accumulator, left_operand, row_products
+from flashtile.backends.hopper.tiles import accumulator, add_row_products, left_operand
 from flashtile.backends.hopper.work import Change, Places, Rows, Shapes, places
 from flashtile.gpu.arguments import RUNTIME
 from flashtile.gpu.philox import random_state
@@ -54,11 +54,17 @@ class Pipes:
     PIECES: gl.constexpr
     STRIPS: gl.constexpr
     BIAS_TILES: gl.constexpr
+    PANELS: gl.constexpr
 
     @gluon.jit
-    def query(self, work, WG: gl.constexpr):
-        """The 64 query rows number WG of item `work`."""
-        return self.queries.buffers.index(work % self.queries.STAGES * self.GROUPS + WG)
+    def query(self, work, WG: gl.constexpr, i: gl.constexpr):
+        """Panel i of the 64 query rows number WG of item `work`."""
+        return self.queries.buffers.index((work % self.queries.STAGES * self.GROUPS + WG) * self.PANELS + i)
+
+    @gluon.jit
+    def key(self, n, i: gl.constexpr):
+        """Panel i of key tile n."""
+        return self.keys.buffers.index(n % self.keys.STAGES * self.PANELS + i)
 
     @gluon.jit
     def bias(self, n, WG: gl.constexpr):
@@ -91,9 +97,13 @@ class Pipes:
         return n
 
     @gluon.jit
-    def issue_scores(self, q, n):
-        """Q K^T of key tile n, which is full; running."""
-        return row_products(q, self.keys.slot(n), self.DIM)
+    def issue_scores(self, work, n, WG: gl.constexpr):
+        """Q K^T of key tile n, which is full, and of consumer WG's rows of item `work`; running."""
+        WIDTH: gl.constexpr = self.keys.buffers.shape[2]
+        s = gl.zeros([64, self.BLOCK_N], gl.float32, accumulator(self.BLOCK_N))
+        for i in gl.static_range(self.PANELS):
+            s = add_row_products(s, self.query(work, WG, i), self.key(n, i), min(WIDTH, self.DIM - WIDTH * i), i > 0)
+        return s
 
     @gluon.jit
     def issue_output(self, p16, n, o):
@@ -142,10 +152,13 @@ def _load_queries(q_desc, tile, b, h, work, pipes, shapes):
     pipes.places.write(work, tile, gl.where(tile >= 0, b, 0), h)
     if tile >= 0:
         q_start, q_len, _, _ = shapes.lengths.of(b, False)
-        full = pipes.queries.expect(work, pipes.GROUPS * q_desc.block_type.nbytes)
+        full = pipes.queries.expect(work, pipes.GROUPS * pipes.PANELS * q_desc.block_type.nbytes)
         for w in gl.static_range(pipes.GROUPS):
             row = tile * shapes.BLOCK_M + 64 * w
-            load_rows(q_desc, full, pipes.query(work, w), b, h, q_start, q_len, row, shapes.lengths.VARLEN)
+            for i in gl.static_range(pipes.PANELS):
+                load_rows(
+                    q_desc, full, pipes.query(work, w, i), b, h, q_start, q_len, row, shapes.lengths.VARLEN, 64 * i
+                )
     else:
         pipes.queries.expect(work, 0)
 
@@ -161,8 +174,9 @@ def _load_keys(k_desc, v_desc, bias_desc, first_row, b, h, stop, above, below, n
     for j in range(above - below):
         tile = above - 1 - j
         key = tile * shapes.BLOCK_N
-        full = pipes.keys.claim(n, k_desc.block_type.nbytes + BIAS_BYTES)
-        load_rows(k_desc, full, pipes.keys.slot(n), b, kv_h, k_start, k_len, key, shapes.lengths.VARLEN)
+        full = pipes.keys.claim(n, pipes.PANELS * k_desc.block_type.nbytes + BIAS_BYTES)
+        for i in gl.static_range(pipes.PANELS):
+            load_rows(k_desc, full, pipes.key(n, i), b, kv_h, k_start, k_len, key, shapes.lengths.VARLEN, 64 * i)
         if pipes.BIAS_TILES:
             bias_b, bias_h = axis(b, change.stride_bb), axis(h, change.stride_bh)
             for w in gl.static_range(pipes.GROUPS):
@@ -183,7 +197,7 @@ def _load_values(v_desc, b, h, tile, n, pipes, shapes):
 
 
 @gluon.jit
-def _walk(o, l, m, p16, q, n, span, pipes, rows, change, MASKED: gl.constexpr):
+def _walk(o, l, m, p16, work, n, span, pipes, rows, change, MASKED: gl.constexpr):
     """The key tiles after an item's first: the products of tile n - 1 with V run under the exponentials of tile n.
 
     p16: the weights of tile n - 1, not yet multiplied, as the walk leaves those of its last tile.
@@ -198,7 +212,7 @@ def _walk(o, l, m, p16, q, n, span, pipes, rows, change, MASKED: gl.constexpr):
             masked = masked | (tile < full)
         bias = load_bias(rows, change, key, pipes.BLOCK_N)
         pipes.keys.await_full(n)
-        s = pipes.issue_scores(q, n)
+        s = pipes.issue_scores(work, n, rows.WG)
         running = pipes.issue_output(p16, n - 1, o)
         bias = pipes.load_bias(n, bias, rows.WG)
         s = warpgroup_mma_wait(1, deps=(s,))
@@ -211,19 +225,19 @@ def _walk(o, l, m, p16, q, n, span, pipes, rows, change, MASKED: gl.constexpr):
         o = warpgroup_mma_wait(0, deps=(running,))
         pipes.values.release(n - 1)
         pipes.values.await_full(n)
-        p16 = pipes.operand(p, q.dtype)
+        p16 = pipes.operand(p, p16.dtype)
         o = shrink(o, alpha)
         n += 1
     return o, l, m, p16, n
 
 
 @gluon.jit
-def _attend(q, n, span, pipes, rows, change, m, KIND: gl.constexpr):
+def _attend(work, n, span, pipes, rows, change, m, KIND: gl.constexpr):
     """(O, l, m and the weights of the last key tile, not yet multiplied; n) of one query tile; O is not yet divided."""
     key = (span[3] - 1) * pipes.BLOCK_N
     bias = load_bias(rows, change, key, pipes.BLOCK_N)
     pipes.keys.await_full(n)
-    s = pipes.issue_scores(q, n)
+    s = pipes.issue_scores(work, n, rows.WG)
     bias = pipes.load_bias(n, bias, rows.WG)
     s = warpgroup_mma_wait(0, deps=(s,))
     pipes.keys.release(n)
@@ -231,11 +245,11 @@ def _attend(q, n, span, pipes, rows, change, m, KIND: gl.constexpr):
     p, m, l = weigh_first(s, unit, m)
     if change.DROPOUT:
         p = drop(p, rows, change, key)
-    p16 = pipes.operand(p, q.dtype)
+    p16 = pipes.operand(p, pipes.keys.buffers.dtype)
     pipes.values.await_full(n)
     o = gl.zeros([64, pipes.DV], gl.float32, accumulator(pipes.DV))
     MASKED: gl.constexpr = KIND != "none" and (change.LEFT or not change.SINGLE)
-    return _walk(o, l, m, p16, q, n + 1, span, pipes, rows, change, MASKED)
+    return _walk(o, l, m, p16, work, n + 1, span, pipes, rows, change, MASKED)
 
 
 @gluon.jit
@@ -258,7 +272,7 @@ def _item(o_desc, lse, work, n, b, h, first_row, span, q_len, pipes, shapes, cha
     low, high, offset = state
     rows = Rows(mine, row, begin, end, q_len, k_len, b * shapes.heads + h, bias, slope, low, high, offset, WG)
     m = gl.full([64], 0.0, gl.float32, S_ROWS) + sink
-    o, l, m, p16, n = _attend(pipes.query(work, WG), n, span, pipes, rows, change, m, shapes.KIND)
+    o, l, m, p16, n = _attend(work, n, span, pipes, rows, change, m, shapes.KIND)
     m = gl.convert_layout(gl.max(m, 1), S_ROWS)
     if not pipes.SHARED:
         pipes.queries.release(work)
@@ -271,16 +285,26 @@ def _item(o_desc, lse, work, n, b, h, first_row, span, q_len, pipes, shapes, cha
     log_sum = gl.where(total == 0.0, MINUS_INFINITY, (m + gl.log2(total)) * LN2)
     at = shapes.lse_row(b, h, q_start)
     gl.store(lse + at + row, log_sum, mask=row < q_len)
-    own = pipes.query(work, WG) if pipes.SHARED else pipes.outputs.index(WG)
     tma.store_wait(0)
     o = warpgroup_mma_wait(0, deps=(running,))
     pipes.values.release(n - 1)
     if change.LEFT and pipes.STRIPS:
         n = pipes.skip(n, before)
-    own.store((o * share[:, None]).to(p16.dtype))
-    fence_async_shared()
-    barrier()
-    store_rows(o_desc, own, b, h, q_start, q_len, mine, shapes.lengths.VARLEN)
+    o16 = (o * share[:, None]).to(p16.dtype)
+    if pipes.PANELS > 1 and pipes.SHARED:
+        left, right = o16.reshape([64, 2, pipes.DV // 2]).permute([0, 2, 1]).split()
+        pipes.query(work, WG, 0).store(left)
+        pipes.query(work, WG, 1).store(right)
+        fence_async_shared()
+        barrier()
+        for i in gl.static_range(2):
+            store_rows(o_desc, pipes.query(work, WG, i), b, h, q_start, q_len, mine, shapes.lengths.VARLEN, 64 * i)
+    else:
+        own = pipes.query(work, WG, 0) if pipes.SHARED else pipes.outputs.index(WG)
+        own.store(o16)
+        fence_async_shared()
+        barrier()
+        store_rows(o_desc, own, b, h, q_start, q_len, mine, shapes.lengths.VARLEN)
     if pipes.SHARED:
         tma.store_wait(0)
         pipes.queries.release(work)
@@ -345,11 +369,11 @@ def forward_kernel(
     BIAS_ALIGN: gl.constexpr, BIAS_STEP: gl.constexpr, BIAS_TILES: gl.constexpr, SINKS: gl.constexpr,
     DROPOUT: gl.constexpr, FOLD: gl.constexpr, RAGGED: gl.constexpr, SINGLE: gl.constexpr, PAIRED: gl.constexpr,
     COUNTED: gl.constexpr, BATCH_FIRST: gl.constexpr, QUERY_STAGES: gl.constexpr, PIECES: gl.constexpr,
-    STRIPS: gl.constexpr,
+    STRIPS: gl.constexpr, PANELS: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
     D: gl.constexpr = q_desc.block_type.shape[-1]
-    DV: gl.constexpr = o_desc.block_type.shape[-1]
+    DV: gl.constexpr = v_desc.block_type.shape[-1]
     lengths = Lengths(cu_q, cu_k, mailbox, max_q, max_k, total_q, total_k, VARLEN)
     shapes = Shapes(
         lengths, lo, hi, batch, heads, group, tiles, programs, section, left, right, stride_tb, KIND, PAIRED, COUNTED,
@@ -359,9 +383,10 @@ def forward_kernel(
         bias, slopes, sinks, rng, stride_bb, stride_bh, stride_bm, stride_sb, scale, softcap, threshold, keep_scale,
         SOFTCAP, ALIBI, BIAS, BIAS_ALIGN, BIAS_STEP, BIAS_TILES, SINKS, DROPOUT, FOLD, LEFT, RAGGED, SINGLE,
     )  # fmt: skip
-    q_tiles = gl.allocate_shared_memory(dtype, [QUERY_STAGES * GROUPS, 64, D], swizzled(2, D))
+    q_tiles = gl.allocate_shared_memory(dtype, [QUERY_STAGES * GROUPS * PANELS, 64, D], swizzled(2, D))
     queries = Ring(q_tiles, barriers(QUERY_STAGES, 1), barriers(QUERY_STAGES, GROUPS), QUERY_STAGES)
-    keys = ring(dtype, BLOCK_N, D, swizzled(2, D), STAGES, GROUPS)
+    k_tiles = gl.allocate_shared_memory(dtype, [STAGES * PANELS, BLOCK_N, D], swizzled(2, D))
+    keys = Ring(k_tiles, barriers(STAGES, 1), barriers(STAGES, GROUPS), STAGES)
     values = ring(dtype, BLOCK_N, DV, swizzled(2, DV), STAGES, GROUPS)
     outputs = q_tiles
     if not SHARED:
@@ -371,7 +396,7 @@ def forward_kernel(
         biases = gl.allocate_shared_memory(dtype, [STAGES * GROUPS, 64, BLOCK_N], swizzled(2, BLOCK_N))
     pipes = Pipes(
         queries, places(QUERY_STAGES), keys, values, biases, outputs, GROUPS, BLOCK_N, DIM, DV, SHARED, PIECES,
-        STRIPS, BIAS_TILES,
+        STRIPS, BIAS_TILES, PANELS,
     )  # fmt: skip
     fence_async_shared()
     barrier()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from flashtile.backends.hopper import bias_tiles, configs, descriptors, launch
 from flashtile.backends.hopper.forward_kernel import forward_kernel
@@ -113,13 +115,14 @@ def prepare(problem: Problem, call: Call, boxed: tuple[Tensor, ...], variant: tu
         "GROUPS": config.groups,
         "BLOCK_N": config.block_n,
         "STAGES": config.stages,
-        "SHARED": config.shared and configs.width(problem.qk_dim) == configs.width(problem.v_dim),
+        "SHARED": config.shared and (config.panels or configs.width(problem.qk_dim) == configs.width(problem.v_dim)),
         # Where every row sees all keys and they fill whole tiles, nothing is ever masked.
         "RAGGED": problem.varlen or arguments.mask_kind(problem) != "none" or problem.k_len % config.block_n > 0,
         "SINGLE": falling and _one_tile_on_diagonal(problem, config),
         "QUERY_STAGES": config.query_stages,
         "PIECES": config.pieces,
         "STRIPS": config.strips,
+        "PANELS": triton.cdiv(problem.qk_dim, 64) if config.panels else 1,
         "CONSUMER_REGISTERS": config.registers[0],
         "PRODUCER_REGISTERS": config.registers[1],
         "DIM": configs.columns(problem.qk_dim),
@@ -127,17 +130,23 @@ def prepare(problem: Problem, call: Call, boxed: tuple[Tensor, ...], variant: tu
         "SINKS": problem.sinks,
         "FOLD": not arguments.changes_scores(problem) and problem.scale > 0,
     }
+    at_once = min(tiles * programs, launch.multiprocessors(out.device))
+    return launch.Plan(at_once, values, {"num_warps": 4}, partial(_describe, problem, config, variant[0]))
 
-    def describe(boxed: tuple[Tensor, ...]) -> tuple[Any, ...]:
-        q, k, v, out, bias = boxed
-        dim, v_dim = configs.width(problem.qk_dim), configs.width(problem.v_dim)
-        queries = descriptors.rows(q, 64, dim, problem.varlen)
-        return (
-            queries,
-            descriptors.rows(k, config.block_n, dim, problem.varlen),
-            descriptors.rows(v, config.block_n, v_dim, problem.varlen),
-            descriptors.rows(out, 64, v_dim, problem.varlen),
-            bias_tiles.boxes(bias, 64, config.block_n) if variant[0] else queries,
-        )
 
-    return launch.Plan(min(tiles * programs, launch.multiprocessors(out.device)), values, {"num_warps": 4}, describe)
+def _describe(
+    problem: Problem, config: configs.Config, biased: bool, boxed: tuple[Tensor, ...]
+) -> tuple[TensorDescriptor, ...]:
+    q, k, v, out, bias = boxed
+    dim, v_dim = configs.width(problem.qk_dim), configs.width(problem.v_dim)
+    out_dim = v_dim
+    if config.panels:
+        dim = out_dim = 64
+    queries = descriptors.rows(q, 64, dim, problem.varlen)
+    return (
+        queries,
+        descriptors.rows(k, config.block_n, dim, problem.varlen),
+        descriptors.rows(v, config.block_n, v_dim, problem.varlen),
+        descriptors.rows(out, 64, out_dim, problem.varlen),
+        bias_tiles.boxes(bias, 64, config.block_n) if biased else queries,
+    )

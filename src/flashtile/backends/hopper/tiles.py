@@ -48,14 +48,20 @@ def _columns(DIM, WIDTH, i):
 @gluon.jit
 def row_products(a, b, DIM: gl.constexpr):
     """a b^T of tiles of rows in shared memory, whose columns from DIM on are 0 and left out; running."""
-    WIDTH: gl.constexpr = a.shape[1]
     ROWS: gl.constexpr = a.shape[0]
     N: gl.constexpr = b.shape[0]
     running = gl.zeros([ROWS, N], gl.float32, accumulator(N))
+    return add_row_products(running, a, b, DIM, False)
+
+
+@gluon.jit
+def add_row_products(running, a, b, DIM: gl.constexpr, ADD: gl.constexpr):
+    """The same added to a product that is running; not ADD: in its place."""
+    WIDTH: gl.constexpr = a.shape[1]
     for i in gl.static_range(_number_of_pieces(DIM, WIDTH)):
         left = a.slice(_first_column(DIM, WIDTH, i), _columns(DIM, WIDTH, i), dim=1)
         right = b.slice(_first_column(DIM, WIDTH, i), _columns(DIM, WIDTH, i), dim=1)
-        running = warpgroup_mma(left, right.permute((1, 0)), running, use_acc=i > 0, is_async=True)
+        running = warpgroup_mma(left, right.permute((1, 0)), running, use_acc=ADD or i > 0, is_async=True)
     return running
 
 

@@ -54,6 +54,30 @@ def test_values_near_the_largest_number(backend: str, device: str, dtype: torch.
 
 @every_place
 @every_dtype
+@pytest.mark.parametrize("dim", [64, 128, 192])
+@pytest.mark.parametrize("amplitude", [1.0, 40.0])
+def test_products_of_gradients_and_values(
+    backend: str, device: str, dtype: torch.dtype, amplitude: float, dim: int
+) -> None:
+    """dP beyond float16's largest number, 65504, where weights are so small that no gradient is."""
+    q, k, v = (leaf(1, 200, 1, dim, dtype=dtype, device=device) for _ in range(3))
+    grad_out = torch.sign(v.detach()) * amplitude
+    with torch.no_grad():
+        q *= 0.1
+        v *= amplitude
+    out = flashtile.attention(q, k, v, backend=backend)
+    found = torch.autograd.grad(out, (q, k, v), grad_out)
+    wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    weights = torch.softmax(torch.einsum("bmhd,bnhd->bhmn", wide[0], wide[1]) / math.sqrt(dim), -1)
+    expected = torch.autograd.grad(torch.einsum("bhmn,bnhd->bmhd", weights, wide[2]), wide, grad_out.double())
+    products = torch.einsum("bmhd,bnhd->bhmn", grad_out.double(), wide[2])
+    assert (products.abs().max() > 65504) == (amplitude > 1)
+    for got, want in zip(found, expected, strict=True):
+        assert (got.double() - want).norm() <= (2e-5 if dtype == torch.float32 else 2e-2) * want.norm()
+
+
+@every_place
+@every_dtype
 def test_equal_keys_give_the_mean(backend: str, device: str, dtype: torch.dtype) -> None:
     q = leaf(2, 33, 2, 16, dtype=dtype, device=device)
     k = leaf(2, 1, 2, 16, dtype=dtype, device=device).detach().expand(2, 64, 2, 16).requires_grad_()

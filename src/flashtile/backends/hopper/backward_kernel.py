@@ -305,14 +305,14 @@ def _consume(dk_desc, dv_desc, pipes, items, mask, scoring, dbias, WG: gl.conste
     turn = 0
     place, spans = items.wait(turn)
     while place.tile >= 0:
-        dk, dv, n = _gradients(n, turn, place, spans, pipes, mask, scoring, dbias, WG)
+        dk, dv, n = _gradients(n, turn, items, place, spans, pipes, mask, scoring, dbias, WG)
         _store_gradients(dk_desc, dv_desc, dk, dv, turn, items.place(turn), pipes, scoring, WG)
         turn += 1
         place, spans = items.wait(turn)
 
 
 @gluon.jit
-def _gradients(n, turn, place, spans, pipes, mask, scoring, dbias, WG: gl.constexpr):
+def _gradients(n, turn, items, place, spans, pipes, mask, scoring, dbias, WG: gl.constexpr):
     """dK and dV of 64 keys of one item, from step n on, and the step after it."""
     first, last = whole(spans)
     dk = gl.zeros([KEYS, pipes.D], gl.float32, accumulator(pipes.D))
@@ -321,9 +321,16 @@ def _gradients(n, turn, place, spans, pipes, mask, scoring, dbias, WG: gl.conste
     pipes.values.await_full(turn)
     tma.store_wait(0)  # dK of the item before has left the slots of dS
     barrier()
+    narrow = items.narrow(turn, pipes.value_tile(WG))
     for g in range(place.group if pipes.GROUPED else 1):
         keys = keys_of(place, mask, scoring, g, WG)
-        dk, dv, n = walk(dk, dv, n, spans[WG], first, last, pipes, keys, mask, scoring, dbias, WG)
+        if items.BOUNDS:
+            if narrow:
+                dk, dv, n = walk(dk, dv, n, spans[WG], first, last, pipes, keys, mask, scoring, dbias, WG, True)
+            else:
+                dk, dv, n = walk(dk, dv, n, spans[WG], first, last, pipes, keys, mask, scoring, dbias, WG, False)
+        else:
+            dk, dv, n = walk(dk, dv, n, spans[WG], first, last, pipes, keys, mask, scoring, dbias, WG, True)
     return dk, dv, n
 
 
@@ -356,22 +363,23 @@ def _store_gradients(dk_desc, dv_desc, dk, dv, turn, place, pipes, scoring, WG: 
 @gluon.jit(do_not_specialize=RUNTIME)
 def backward_kernel(
     q_desc, k_desc, v_desc, do_desc, rows_desc, dq_desc, dk_desc, dv_desc, bias_desc, dbias_desc, first_rows, end_rows,
-    dbias, counters, bias, slopes, sinks, cu_q, cu_k, lo, hi, rng, mailbox, stride_bb, stride_bh, stride_bm, stride_gb,
-    stride_gh, stride_sb, stride_tb, batch, heads, group, max_q, max_k, total_q, total_k, padded, tiles, programs,
-    section, left, right, scale, softcap, threshold, keep_scale, BLOCK_M: gl.constexpr, GROUPS: gl.constexpr,
-    DIM: gl.constexpr, DIM_V: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr, CONSUME_REGISTERS: gl.constexpr,
-    LOAD_REGISTERS: gl.constexpr, GROUPED: gl.constexpr, VARLEN: gl.constexpr, KIND: gl.constexpr, LEFT: gl.constexpr,
-    RAGGED: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, BIAS: gl.constexpr, BIAS_ALIGN: gl.constexpr,
-    BIAS_STEP: gl.constexpr, BIAS_TILES: gl.constexpr, DROPOUT: gl.constexpr, ORDERED: gl.constexpr,
-    DBIAS: gl.constexpr, DETERMINISTIC: gl.constexpr,
+    dbias, counters, rows, bias, slopes, sinks, cu_q, cu_k, lo, hi, rng, mailbox, stride_bb, stride_bh, stride_bm,
+    stride_gb, stride_gh, stride_sb, stride_tb, batch, heads, group, max_q, max_k, total_q, total_k, padded, scratch,
+    tiles, programs, section, left, right, scale, softcap, threshold, keep_scale, BLOCK_M: gl.constexpr,
+    GROUPS: gl.constexpr, DIM: gl.constexpr, DIM_V: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr,
+    CONSUME_REGISTERS: gl.constexpr, LOAD_REGISTERS: gl.constexpr, GROUPED: gl.constexpr, VARLEN: gl.constexpr,
+    KIND: gl.constexpr, LEFT: gl.constexpr, RAGGED: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr,
+    BIAS: gl.constexpr, BIAS_ALIGN: gl.constexpr, BIAS_STEP: gl.constexpr, BIAS_TILES: gl.constexpr,
+    DROPOUT: gl.constexpr, ORDERED: gl.constexpr, DBIAS: gl.constexpr, DETERMINISTIC: gl.constexpr,
+    BOUNDS: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
     D: gl.constexpr = k_desc.block_type.shape[-1]
     DV: gl.constexpr = v_desc.block_type.shape[-1]
     lengths = Lengths(cu_q, cu_k, mailbox, max_q, max_k, total_q, total_k, VARLEN)
     items = Items(
-        counters, words(2 * RECORD), barriers(2, 1), lengths, heads, group, padded, tiles, programs, section,
-        DETERMINISTIC, BLOCK_M, GROUPS,
+        counters, words(2 * RECORD), barriers(2, 1), lengths, rows, heads, group, padded, scratch, tiles, programs,
+        section, DETERMINISTIC, BLOCK_M, GROUPS, BOUNDS,
     )  # fmt: skip
     mask = Mask(first_rows, end_rows, stride_tb, left, right, KIND, LEFT, RAGGED)
     scoring = Scoring(
@@ -390,14 +398,14 @@ def backward_kernel(
     biases = ds_tiles
     if BIAS_TILES:
         biases = gl.allocate_shared_memory(dtype, [STAGES * GROUPS, BLOCK_M, KEYS], swizzled(2, KEYS))
-    rows = gl.allocate_shared_memory(gl.float32, [STAGES, 2, BLOCK_M], rows_desc.layout)
+    row_tiles = gl.allocate_shared_memory(gl.float32, [STAGES, 2, BLOCK_M], rows_desc.layout)
     exits = gl.allocate_shared_memory(gl.float32, [SLOTS, dq_desc.block_type.shape[0], 256], dq_desc.layout)
     empty = barriers(STAGES, 2 if GROUPS == 1 else GROUPS)
     read = barriers(2, 1)
     keys = Ring(k_tiles, barriers(1, 1), barriers(1, GROUPS), 1)
     values = Ring(v_tiles, barriers(1, 1), barriers(1, GROUPS), 1)
     pipes = Pipes(
-        keys, values, barriers(1, 1), Ring(q_tiles, barriers(STAGES, 1), empty, STAGES), rows,
+        keys, values, barriers(1, 1), Ring(q_tiles, barriers(STAGES, 1), empty, STAGES), row_tiles,
         Ring(do_tiles, barriers(STAGES, 1), empty, STAGES), biases, Ring(ds_tiles, barriers(2, GROUPS), read, 2), exits,
         GROUPS, BLOCK_M, D, DV, DIM, DIM_V, SLOTS, GROUPED, BIAS_TILES,
     )  # fmt: skip

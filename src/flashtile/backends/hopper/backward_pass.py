@@ -71,7 +71,7 @@ def backward(
     boxed = (q, k, v, dout, rows, accumulated, dk, dv, *[q if matrix is None else matrix for matrix in matrices])
     stride_tb = first_rows.stride(0) if problem.table and first_rows.shape[0] > 1 else 0
     ways = ("tile" if each else kind, stride_tb, matrices[0] is not None, matrices[1] is not None)
-    tensors = (first_rows, end_rows, dbias_or_rows, counters)
+    tensors = (first_rows, end_rows, dbias_or_rows, counters, rows)
     launches.run(backward_kernel, boxed, tensors, lambda: prepare(problem, call, boxed, ways))
 
     backward_epilogue.run(launches, problem, call, (accumulated, dq, dk, dv))
@@ -86,11 +86,11 @@ def backward(
 
 
 def _scratch(problem: Problem, lse: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Memory between the kernels: two numbers of each row, dq's accumulator, counters of items and, where their order
-    counts, of blocks of dq, and sums of dsinks where there are some.
+    """Memory between the kernels: two numbers of each row and two of each block of rows, dq's accumulator, counters of
+    items and, where their order counts, of blocks of dq, and sums of dsinks where there are some.
     """
     number, columns = _scratch_rows(problem)
-    rows = lse.new_empty(2, number)
+    rows = lse.new_empty(3, number)
     accumulated = lse.new_empty(number * columns // 256, 256)
     counters = lse.new_empty(1 + (number // 64 if problem.deterministic else 0), dtype=torch.int32)
     sums = rows
@@ -177,6 +177,7 @@ def prepare(problem: Problem, call: Call, boxed: tuple[Tensor, ...], variant: tu
         "RAGGED": problem.varlen or problem.k_len % config.block_n > 0,
         "ORDERED": problem.window_right is not None and problem.window_right <= 0,
         "DETERMINISTIC": problem.deterministic,
+        "BOUNDS": problem.dtype == torch.float16,
         "DBIAS": "boxes" if tiles_out else "none" if kind == "row" else kind,
         "stride_tb": stride_tb,
     }

@@ -2,7 +2,8 @@
 
     delta = rowsum(dO O) - dlse          lse in base 2, +inf for rows that see nothing or do not exist
 
-With lse = +inf the weights of a row are 0 without a mask. The gradients of sinks and of a bias that is one per query
+With lse = +inf the weights of a row are 0 without a mask. Of float16 calls also, for each block of rows, the length of
+the longest row of dO and the largest delta (BOUNDS). The gradients of sinks and of a bias that is one per query
 row need no more than this, and are made here too.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -32,7 +34,7 @@ def prologue_kernel(
     total_q, padded, scratch, tiles, programs, section, keep_scale,
     ROWS: tl.constexpr, D: tl.constexpr, DIM_V: tl.constexpr, DV: tl.constexpr, VARLEN: tl.constexpr,
     SINKS: tl.constexpr, DLSE: tl.constexpr, DBIAS: tl.constexpr, BLOCKS: tl.constexpr, DROPOUT: tl.constexpr,
-    ALIGN: tl.constexpr,
+    ALIGN: tl.constexpr, BOUNDS: tl.constexpr,
 ):  # fmt: skip
     stride_ob, stride_om, stride_oh = stride_ob * ALIGN, stride_om * ALIGN, stride_oh * ALIGN
     stride_yb, stride_ym, stride_yh = stride_yb * ALIGN, stride_ym * ALIGN, stride_yh * ALIGN
@@ -68,6 +70,10 @@ def prologue_kernel(
         # What is kept is scaled once, at the end, and so is all of dS.
         kept_delta = delta / keep_scale
     tl.store(rows + scratch + scratch_at + tl.arange(0, ROWS), kept_delta)
+    if BOUNDS:
+        longest = tl.sqrt(tl.max(tl.sum(do.to(tl.float32) * do.to(tl.float32), 1), 0))
+        tl.store(rows + 2 * scratch + scratch_at // ROWS, longest)
+        tl.store(rows + 2 * scratch + (scratch + scratch_at) // ROWS, tl.max(tl.abs(kept_delta), 0))
     if BLOCKS:
         tl.store(counters + 1 + scratch_at // ROWS, 0)
     weight = tl.zeros([ROWS], tl.float32)
@@ -109,6 +115,7 @@ def prepare(problem: Problem, call: Call, variant: tuple[Any, ...], tensors: tup
         "programs": programs,
         "section": 1,
         "ROWS": ROWS,
+        "BOUNDS": problem.dtype == torch.float16,
         "D": dim,
         "DIM_V": problem.v_dim,
         "DV": v_dim,

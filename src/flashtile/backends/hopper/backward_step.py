@@ -260,15 +260,15 @@ def _multiply(a, b):
 
 
 @gluon.jit
-def score_gradients(p, dp, delta, scoring):
+def score_gradients(p, dp, delta, scoring, NARROW: gl.constexpr):
     """dS^T = P^T (dP^T - delta) in 16 bits, before the softcap's derivative. P is negative where dropout drops it: its
-    size counts, and dP is 0.
+    size counts, and dP is 0. NARROW: dP - delta is within what 16 bits hold.
     """
-    if p.dtype == gl.bfloat16:
-        difference = (dp - delta).to(gl.bfloat16)
+    if NARROW:
+        difference = (dp - delta).to(p.dtype)
         if scoring.DROPOUT:
             zero = gl.zeros([KEYS, p.shape[1]], gl.float32, accumulator(p.shape[1]))
-            return _signed_product(p, difference, (zero - delta).to(gl.bfloat16))
+            return _signed_product(p, difference, (zero - delta).to(p.dtype))
         else:
             return _multiply(p, difference)
     else:
@@ -318,17 +318,20 @@ def _wide_product(p, dp, delta, zero, SIGNED: gl.constexpr):
 
 @gluon.jit
 def _signed_product(p, kept, dropped):
-    """|p| times `kept` where p is positive, times `dropped` where it is negative; bfloat16, two at a time."""
-    return gl.inline_asm_elementwise(
+    """|p| times `kept` where p is positive, times `dropped` where it is negative; 16 bits, two at a time."""
+    MULTIPLY: gl.constexpr = "mul.rn.bf16x2" if p.dtype == gl.bfloat16 else "mul.rn.f16x2"
+    PRODUCT: gl.constexpr = (
         """{
         .reg .b32 negative, factor, size;
         prmt.b32 negative, $1, 0, 0xBB99;
         lop3.b32 factor, negative, $3, $2, 0xCA;
         and.b32 size, $1, 0x7FFF7FFF;
-        mul.rn.bf16x2 $0, size, factor;
-        }""",
-        "=r,r,r,r", [p, kept, dropped], dtype=gl.bfloat16, is_pure=True, pack=2,
-    )  # fmt: skip
+        """
+        + MULTIPLY
+        + """ $0, size, factor;
+        }"""
+    )
+    return gl.inline_asm_elementwise(PRODUCT, "=r,r,r,r", [p, kept, dropped], dtype=p.dtype, is_pure=True, pack=2)
 
 
 @gluon.jit
@@ -347,7 +350,9 @@ def positive(p):
 
 
 @gluon.jit
-def _step(dk, dv, sums, n, m, pipes, keys, mask, scoring, dbias, WG: gl.constexpr, MASKED: gl.constexpr):
+def _step(
+    dk, dv, sums, n, m, pipes, keys, mask, scoring, dbias, WG: gl.constexpr, MASKED: gl.constexpr, NARROW: gl.constexpr
+):
     """Step n, the query rows from m."""
     LAYOUT: gl.constexpr = accumulator(pipes.BLOCK_M)
     k = pipes.key_tile(WG + pipes.nil(n))
@@ -368,7 +373,7 @@ def _step(dk, dv, sums, n, m, pipes, keys, mask, scoring, dbias, WG: gl.constexp
         # dV comes later: its operand, what is kept of P, would take registers beside P.
         delta = pipes.of_rows(n, 1, LAYOUT)
         dp = warpgroup_mma_wait(0, deps=(running,))
-        ds = score_gradients(p, dp, delta, scoring)
+        ds = score_gradients(p, dp, delta, scoring, NARROW)
         dv_running = warpgroup_mma(gl.convert_layout(positive(p), left_operand(pipes.DV)), do, dv, is_async=True)
     else:
         dv_running = warpgroup_mma(gl.convert_layout(p, left_operand(pipes.DV)), do, dv, is_async=True)
@@ -377,7 +382,7 @@ def _step(dk, dv, sums, n, m, pipes, keys, mask, scoring, dbias, WG: gl.constexp
         dp = warpgroup_mma_wait(1, deps=(running,))
         if LATE:
             delta = pipes.of_rows(n, 1, LAYOUT)
-        ds = score_gradients(p, dp, delta, scoring)
+        ds = score_gradients(p, dp, delta, scoring, NARROW)
     if dbias.KIND == "column":
         sums += partial_sums(ds.to(gl.float32))
     elif dbias.KIND == "tile" or dbias.KIND == "summed":
@@ -395,7 +400,7 @@ def _step(dk, dv, sums, n, m, pipes, keys, mask, scoring, dbias, WG: gl.constexp
 
 
 @gluon.jit
-def walk(dk, dv, n, span, first, last, pipes, keys, mask, scoring, dbias, WG: gl.constexpr):
+def walk(dk, dv, n, span, first, last, pipes, keys, mask, scoring, dbias, WG: gl.constexpr, NARROW: gl.constexpr):
     """The query tiles of one head added to dK and dV: a masked start, an unmasked middle, a masked end.
 
     span: what this consumer's keys are seen by; first, last: what the whole program walks through.
@@ -407,14 +412,14 @@ def walk(dk, dv, n, span, first, last, pipes, keys, mask, scoring, dbias, WG: gl
         n = pipes.skip(n, start - first)
     if mask.KIND != "none" or mask.RAGGED:
         for i in range(start, full):
-            dk, dv, sums = _step(dk, dv, sums, n, i * BLOCK_M, pipes, keys, mask, scoring, dbias, WG, True)
+            dk, dv, sums = _step(dk, dv, sums, n, i * BLOCK_M, pipes, keys, mask, scoring, dbias, WG, True, NARROW)
             n += 1
     for i in range(gl.maximum(full, start), partial):
-        dk, dv, sums = _step(dk, dv, sums, n, i * BLOCK_M, pipes, keys, mask, scoring, dbias, WG, False)
+        dk, dv, sums = _step(dk, dv, sums, n, i * BLOCK_M, pipes, keys, mask, scoring, dbias, WG, False, NARROW)
         n += 1
     if mask.LEFT:
         for i in range(gl.maximum(partial, start), stop):
-            dk, dv, sums = _step(dk, dv, sums, n, i * BLOCK_M, pipes, keys, mask, scoring, dbias, WG, True)
+            dk, dv, sums = _step(dk, dv, sums, n, i * BLOCK_M, pipes, keys, mask, scoring, dbias, WG, True, NARROW)
             n += 1
         if WG < pipes.GROUPS - 1:
             n = pipes.skip(n, last - stop)

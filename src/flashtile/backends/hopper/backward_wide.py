@@ -85,7 +85,9 @@ def _weigh(left, right, n, m, pipes, weights, keys, mask, scoring, MASKED: gl.co
 
 
 @gluon.jit
-def _differentiate(left, right, sums, n, m, pipes, weights, keys, scoring, dbias):
+def _differentiate(
+    left, right, sums, n, m, pipes, weights, keys, scoring, dbias, NARROW: gl.constexpr
+):  # fmt: skip
     """dS^T of the query rows from m, handed over, and its product with Q added to dK. What P hides is 0 here, too."""
     LAYOUT: gl.constexpr = accumulator(pipes.BLOCK_M)
     do = pipes.douts.wait(n)
@@ -95,7 +97,7 @@ def _differentiate(left, right, sums, n, m, pipes, weights, keys, scoring, dbias
     q = pipes.queries.wait(n)
     delta = pipes.of_rows(n, 1, LAYOUT)
     dp = warpgroup_mma_wait(0, deps=(running,))
-    ds = score_gradients(p, dp, delta, scoring)
+    ds = score_gradients(p, dp, delta, scoring, NARROW)
     if dbias.KIND == "column":
         sums += partial_sums(ds.to(gl.float32))
     elif dbias.KIND == "tile" or dbias.KIND == "summed":
@@ -154,31 +156,45 @@ def consume_keys(dk_desc, pipes, weights, items, mask, scoring, dbias):
     turn = 0
     place, spans = items.wait(turn)
     while place.tile >= 0:
-        n = _key_gradients(dk_desc, n, turn, place, spans[0], pipes, weights, mask, scoring, dbias)
+        n = _key_gradients(dk_desc, n, turn, items, place, spans[0], pipes, weights, mask, scoring, dbias)
         turn += 1
         place, spans = items.wait(turn)
 
 
 @gluon.jit
-def _key_gradients(dk_desc, n, turn, place, span, pipes, weights, mask, scoring, dbias):
+def _key_gradients(dk_desc, n, turn, items, place, span, pipes, weights, mask, scoring, dbias):
     """dK of one tile of keys; the number of the step after it."""
     left, right = _halves(pipes.DIM, pipes.D)
     start, _, _, stop = span
     pipes.values.await_full(turn)
+    narrow = items.narrow(turn, pipes.value_tile(0))
     for g in range(place.group if pipes.GROUPED else 1):
         keys = keys_of(place, mask, scoring, g, 0)
-        sums = dbias.no_sums(pipes.BLOCK_M)
-        for i in range(start, stop):
-            m = i * pipes.BLOCK_M
-            left, right, sums = _differentiate(left, right, sums, n, m, pipes, weights, keys, scoring, dbias)
-            n += 1
-        if dbias.KIND == "column":
-            dbias.store_sums(sums, keys, scoring)
+        if items.BOUNDS:
+            if narrow:
+                left, right, n = _walk_keys(left, right, n, start, stop, pipes, weights, keys, scoring, dbias, True)
+            else:
+                left, right, n = _walk_keys(left, right, n, start, stop, pipes, weights, keys, scoring, dbias, False)
+        else:
+            left, right, n = _walk_keys(left, right, n, start, stop, pipes, weights, keys, scoring, dbias, True)
     scale = scoring.scale
     if scoring.DROPOUT:
         scale = scale * scoring.keep_scale
     _leave(dk_desc, left * scale, right * scale, pipes.keys, turn, pipes, place)
     return n
+
+
+@gluon.jit
+def _walk_keys(left, right, n, start, stop, pipes, weights, keys, scoring, dbias, NARROW: gl.constexpr):
+    """The query tiles of one head added to dK."""
+    sums = dbias.no_sums(pipes.BLOCK_M)
+    for i in range(start, stop):
+        m = i * pipes.BLOCK_M
+        left, right, sums = _differentiate(left, right, sums, n, m, pipes, weights, keys, scoring, dbias, NARROW)
+        n += 1
+    if dbias.KIND == "column":
+        dbias.store_sums(sums, keys, scoring)
+    return left, right, n
 
 
 @gluon.jit

@@ -15,7 +15,8 @@ from flashtile.gpu.sequences import place as place_in_section
 from flashtile.gpu.sequences import scratch_row
 
 KEYS = gl.constexpr(64)  # of a consumer
-RECORD = gl.constexpr(20)  # words for an item and the walks of at most three consumers
+RECORD = gl.constexpr(22)  # words for an item, the walks of at most three consumers and two bounds
+LARGEST = gl.constexpr(6e4)  # what float16 surely holds, also of a sum that was rounded
 
 
 @aggregate
@@ -63,15 +64,18 @@ class Items:
     records: Words
     announced: gl.shared_memory_descriptor
     lengths: Lengths
+    rows: gl.tensor
     heads: gl.tensor
     group: gl.tensor
     padded: gl.tensor
+    scratch: gl.tensor
     tiles: gl.tensor
     programs: gl.tensor
     section: gl.tensor
     REVERSED: gl.constexpr
     BLOCK_M: gl.constexpr
     GROUPS: gl.constexpr
+    BOUNDS: gl.constexpr
 
     @gluon.jit
     def take(self, turn, mask, WARPS: gl.constexpr):
@@ -96,6 +100,10 @@ class Items:
         for w in gl.static_range(self.GROUPS):
             for i in gl.static_range(4):
                 self.records.write(at + 8 + 4 * w + i, spans[w][i], WARPS)
+        if self.BOUNDS:
+            dout, delta = self._bounds(place, spans, WARPS)
+            self.records.write(at + 20, dout.to(gl.int32, bitcast=True), WARPS)
+            self.records.write(at + 21, delta.to(gl.int32, bitcast=True), WARPS)
         barrier()
         mbarrier.arrive(self.announced.index(turn % 2), count=1)
         return place, spans
@@ -126,6 +134,37 @@ class Items:
             q_start, q_len = self.records.read(at + 4), self.records.read(at + 5)
             k_start, k_len = self.records.read(at + 6), self.records.read(at + 7)
         return self._at(tile, b, kv_h, q_start, q_len, k_start, k_len, scratch)
+
+    @gluon.jit
+    def _bounds(self, place, spans, WARPS: gl.constexpr):
+        """(Length of the longest row of dO, largest delta) of all rows that see some of an item's keys."""
+        LINE: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+        line = gl.arange(0, 32, layout=LINE)
+        dout, delta = gl.full([32], 0.0, gl.float32, LINE), gl.full([32], 0.0, gl.float32, LINE)
+        first, last = whole(spans)
+        douts = self.rows + 2 * self.scratch
+        deltas = douts + self.scratch // self.BLOCK_M
+        for g in range(place.group):
+            block = place.block(g)
+            for i in range(first, last, 32):
+                exists = i + line < last
+                dout = gl.maximum(dout, gl.load(douts + block + i + line, mask=exists, other=0.0))
+                delta = gl.maximum(delta, gl.load(deltas + block + i + line, mask=exists, other=0.0))
+        return gl.max(dout, 0), gl.max(delta, 0)
+
+    @gluon.jit
+    def narrow(self, turn, v):
+        """True where 16 bits hold all dP - delta of an item's rows and of 64 keys with values v: a product of two rows
+        is at most that of their lengths.
+        """
+        if self.BOUNDS:
+            at = turn % 2 * RECORD
+            dout = self.records.read(at + 20).to(gl.float32, bitcast=True)
+            delta = self.records.read(at + 21).to(gl.float32, bitcast=True)
+            x = v.load(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])).to(gl.float32)
+            return gl.sqrt(gl.max(gl.sum(x * x, 1), 0)) * dout + delta < LARGEST
+        else:
+            return True
 
     @gluon.jit
     def _walk(self, turn, w):

@@ -63,7 +63,7 @@ def _launch(name: str, problem: Problem) -> _Launch:
         counter = lse.new_empty(1, dtype=torch.int32)
         return _Launch(forward_kernel, boxed, (out, lse, counter, *extras), plan)
     kind = bias_gradient.kind(problem) if problem.bias == "additive" else "none"
-    rows = lse.new_empty(2, arguments.scratch_rows(problem))
+    rows = lse.new_empty(3, arguments.scratch_rows(problem))
     accumulated = lse.new_empty(rows.shape[1] * backward_configs.widths(problem)[0] // 256, 256)
     each, memory = backward_pass.bias_memory(problem, call, kind)
     dbias = rows if memory is None else memory
@@ -82,4 +82,4 @@ def _launch(name: str, problem: Problem) -> _Launch:
     stride_tb = table.stride(0) if problem.table and table.shape[0] > 1 else 0
     variant = ("tile" if each else kind, stride_tb, bias is not None, boxes is not None)
     plan = backward_pass.prepare(problem, call, boxed, variant)
-    return _Launch(backward_kernel, boxed, (table, table, dbias, counters, *extras), plan)
+    return _Launch(backward_kernel, boxed, (table, table, dbias, counters, rows, *extras), plan)

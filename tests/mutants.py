@@ -139,7 +139,7 @@ BETWEEN_ITEMS = Mutant(
     "no wait for keys to be read",
     "backward",
     (
-        Edit("backward_kernel", "ring.claim(turn, ", "ring.expect(turn, "),
+        Edit("backward_kernel", "ring.claim(number, ", "ring.expect(number, "),
         before("backward_kernel", _TAKE_SCORES, "sleep(2000)"),
     ),
 )

@@ -67,7 +67,7 @@ def test_every_row_fits_shared_memory_and_the_register_file(dim: int, causal: bo
 
 @pytest.mark.parametrize(
     ("dim", "v_dim", "keys", "widths"),
-    [(64, 64, 192, (64, 64)), (33, 64, 192, (64, 64)), (128, 64, 128, (128, 64)), (192, 128, 64, (256, 128)),
+    [(64, 64, 192, (64, 64)), (33, 64, 192, (64, 64)), (128, 128, 128, (128, 128)), (128, 64, 128, (128, 64)), (192, 128, 64, (256, 128)),
      (256, 40, 64, (256, 128))],
 )  # fmt: skip
 def test_tiles_of_the_backward(dim: int, v_dim: int, keys: int, widths: tuple[int, int]) -> None:
@@ -75,12 +75,21 @@ def test_tiles_of_the_backward(dim: int, v_dim: int, keys: int, widths: tuple[in
     config = backward_configs.pick(problem)
     assert config.block_n == keys
     assert backward_configs.widths(problem) == widths
-    own = keys * sum(widths)
+    own = keys * sum(widths) + keys * widths[0] * config.rotates
     ring = config.stages * config.block_m * sum(widths)
     scores = 2 * config.groups * 64 * config.block_m
     leaving = 2 * config.slots * 64 * backward_configs.accumulator_columns(problem)  # float32
     rows = 4 * config.stages * config.block_m
     assert 2 * (own + ring + scores + leaving + rows) + 1024 <= SHARED_MEMORY
+
+
+@pytest.mark.parametrize(
+    ("dim", "v_dim", "rotates"), [(128, 72, True), (128, 64, False), (64, 64, False), (256, 256, False)]
+)
+def test_keys_and_values_of_one_width_come_in_turns(dim: int, v_dim: int, rotates: bool) -> None:
+    problem = replace(PLAIN, qk_dim=dim, v_dim=v_dim)
+    assert backward_configs.pick(problem).rotates == rotates
+    assert not backward_configs.pick(problem, True).rotates
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,8 @@ class Config:
     them, one for each gradient (backward_wide.py). stages: slots of the ring of query and dO
     tiles. slots: of the shared memory through which dQ leaves. registers: of a thread of a consumer, of the warp group
     that makes dQ and of the warp that loads; warp groups of four warps share 512, and the loading warp counts as one.
-    With three groups there is none left: the one that makes dQ loads, too.
+    With three groups there is none left: the one that makes dQ loads, too. rotates: keys and values come in turns
+    through three tiles of one width, so that the next item's keys come while this one's are in use.
     """
 
     block_m: int
@@ -25,6 +26,7 @@ class Config:
     stages: int
     slots: int
     registers: tuple[int, int, int]
+    rotates: bool = False
 
     def __post_init__(self) -> None:
         if self.groups not in (1, 2, 3):
@@ -56,7 +58,9 @@ class Row(NamedTuple):
 BACKWARD = (
     Row(64, Config(64, 3, 4, 2, (144, 80, 0))),  # 511 / 434; two consumers and steps of 128 rows 483 / 407
     Row(64, Config(64, 2, 4, 2, (208, 72, 24)), bias_tiles=True),  # causal, 8192: 415; a third consumer lacks registers
-    Row(128, Config(64, 2, 3, 2, (208, 72, 24))),  # 565 / 497; two stages 2 % less
+    # 565 / 497 with the next row; documents 3520 us, 3654 with it, window of 1024 749 and 764, others within 1 %
+    Row(128, Config(64, 2, 2, 2, (208, 72, 24), rotates=True)),
+    Row(128, Config(64, 2, 3, 2, (208, 72, 24))),  # two stages 2 % less
     Row(128, Config(64, 2, 2, 2, (208, 72, 24)), bias_tiles=True),  # causal, 8192: 553; a third stage does not fit
     Row(256, Config(64, 1, 2, 2, (208, 72, 24))),  # 422 / 380; dQ through one slot 401 / 368
 )
@@ -85,7 +89,8 @@ def room_for_bias(problem: Problem) -> bool:
 def pick(problem: Problem, bias_tiles: bool = False) -> Config:
     """Tiles and roles of the backward kernel. bias_tiles: a bias comes by TMA."""
     dim = max(problem.qk_dim, problem.v_dim)
+    one_width = configs.width(problem.qk_dim) == configs.width(problem.v_dim)
     for row in BACKWARD:
-        if dim <= row.max_dim and row.bias_tiles >= bias_tiles:
+        if dim <= row.max_dim and row.bias_tiles >= bias_tiles and (one_width or not row.config.rotates):
             return row.config
     raise LookupError(f"no tile sizes for {problem}: the last rows of the table must serve every problem")

@@ -82,25 +82,29 @@ class Sources:
     def load_first(self, pipes, place, spans, turn, n):
         """Starts the copies for an item's first step, and of its keys and values once those of the last have left."""
         first, last = whole(spans)
+        keys, values = pipes.of_keys(turn), pipes.of_values(turn)
         if last > first:
+            if pipes.ROTATES:
+                _load_keys(self.k, pipes.keys, place, keys)
             self.load_step(pipes, place, spans, 0, n)
-            _load_keys(self.k, pipes.keys, place, turn)
-            _load_keys(self.v, pipes.values, place, turn)
+            if not pipes.ROTATES:
+                _load_keys(self.k, pipes.keys, place, keys)
+            _load_keys(self.v, pipes.values, place, values)
         else:  # keys that nobody sees
-            pipes.keys.await_empty(turn)
-            pipes.keys.announce(turn)
-            pipes.values.await_empty(turn)
-            pipes.values.announce(turn)
+            pipes.keys.await_empty(keys)
+            pipes.keys.announce(keys)
+            pipes.values.await_empty(values)
+            pipes.values.announce(values)
 
 
 @gluon.jit
-def _load_keys(desc, ring, place, turn):
+def _load_keys(desc, ring, place, number):
     """Starts the copy of an item's keys (or values), one tile for each consumer."""
     GROUPS: gl.constexpr = place.BLOCK_N // KEYS
-    full = ring.claim(turn, GROUPS * desc.block_type.nbytes)
+    full = ring.claim(number, GROUPS * desc.block_type.nbytes)
     for w in gl.static_range(GROUPS):
         key = place.first_key + KEYS * w
-        tile = ring.buffers.index(w)
+        tile = ring.buffers.index(number % ring.STAGES * GROUPS + w)
         load_rows(desc, full, tile, place.b, place.kv_h, place.k_start, place.k_len, key, place.VARLEN)
 
 
@@ -165,7 +169,7 @@ def _leave(dq_desc, dq, part, turn, pipes):
 
 
 @gluon.jit
-def _add(dq_desc, block, n, pipes, FROM: gl.constexpr, TO: gl.constexpr, SENT: gl.constexpr):
+def _add(dq_desc, block, n, turn, pipes, FROM: gl.constexpr, TO: gl.constexpr, SENT: gl.constexpr):
     """dQ of step n, made from the dS of consumers FROM to TO, starts on its way to block `block` of the accumulator.
 
     A [64, C] part of dQ lies there in the order of the accumulator's registers, so that its way through shared memory
@@ -181,7 +185,7 @@ def _add(dq_desc, block, n, pipes, FROM: gl.constexpr, TO: gl.constexpr, SENT: g
         running = gl.zeros([64, C], gl.float32, accumulator(C))
         for w in gl.static_range(FROM, TO):
             ds = pipes.scores_of(n, w).slice(part // COLUMNS * 64, 64, dim=1)
-            k = pipes.key_tile(w).slice(part % COLUMNS * C, C, dim=1)
+            k = pipes.key_tile(turn, w).slice(part % COLUMNS * C, C, dim=1)
             running = warpgroup_mma(ds.permute((1, 0)), k, running, use_acc=w > FROM, is_async=True)
         tma.store_wait(pipes.SLOTS - 1 + (SENT if part == 0 else 0))
         dq = warpgroup_mma_wait(0, deps=(running,))
@@ -224,7 +228,7 @@ def _add_steps(
                 turns.await_turn(base + unit, furthest - place.tile)
         if dbias.KIND == "boxes":
             dbias.send(n, i * pipes.BLOCK_M, g, pipes, place, FROM, TO)
-        _add(dq_desc, base + i, n, pipes, FROM, TO, TO - FROM if dbias.STORED else 0)
+        _add(dq_desc, base + i, n, place.turn, pipes, FROM, TO, TO - FROM if dbias.STORED else 0)
         if LOADS:
             ahead = n - origin + pipes.queries.STAGES
             if ahead < steps_of(place, spans):
@@ -250,7 +254,7 @@ def _reduce(dq_desc, turns, sources, pipes, items, mask, dbias, LOADS: gl.conste
             sources.load_first(pipes, place, spans, turn, n)
             for step in range(1, gl.minimum(steps_of(place, spans), pipes.queries.STAGES)):
                 sources.load_step(pipes, place, spans, step, n + step)
-        pipes.keys.await_full(turn)
+        pipes.keys.await_full(pipes.of_keys(turn))
         n = _add_item(dq_desc, n, turns, sources, pipes, place, mask, dbias, spans, LOADS)
         mbarrier.arrive(pipes.done.index(0), count=1)
         if dbias.STORED and (mask.KIND != "none" or mask.RAGGED):
@@ -317,11 +321,12 @@ def _gradients(n, turn, items, place, spans, pipes, mask, scoring, dbias, WG: gl
     first, last = whole(spans)
     dk = gl.zeros([KEYS, pipes.D], gl.float32, accumulator(pipes.D))
     dv = gl.zeros([KEYS, pipes.DV], gl.float32, accumulator(pipes.DV))
-    pipes.keys.await_full(turn)
-    pipes.values.await_full(turn)
+    pipes.keys.await_full(pipes.of_keys(turn))
+    if items.BOUNDS or not pipes.ROTATES:
+        pipes.values.await_full(pipes.of_values(turn))
     tma.store_wait(0)  # dK of the item before has left the slots of dS
     barrier()
-    narrow = items.narrow(turn, pipes.value_tile(WG))
+    narrow = items.narrow(turn, pipes.value_tile(turn, WG))
     for g in range(place.group if pipes.GROUPED else 1):
         keys = keys_of(place, mask, scoring, g, WG)
         if items.BOUNDS:
@@ -338,7 +343,7 @@ def _gradients(n, turn, items, place, spans, pipes, mask, scoring, dbias, WG: gl
 def _store_gradients(dk_desc, dv_desc, dk, dv, turn, place, pipes, scoring, WG: gl.constexpr):
     """dV leaves through the memory of its values, dK through the slots of dS: the next keys arrive meanwhile."""
     dtype: gl.constexpr = dk_desc.dtype
-    v = pipes.value_tile(WG)
+    v = pipes.value_tile(turn, WG)
     key = place.first_key + KEYS * WG
     scale = scoring.scale
     if scoring.DROPOUT:
@@ -350,14 +355,14 @@ def _store_gradients(dk_desc, dv_desc, dk, dv, turn, place, pipes, scoring, WG: 
     store_rows(dv_desc, v, place.b, place.kv_h, place.k_start, place.k_len, key, place.VARLEN)
     dk = dk * scale
     pipes.await_done(turn)
-    pipes.keys.release(turn)
+    pipes.keys.release(pipes.of_keys(turn))
     k = pipes.way_out(dtype, WG)
     k.store(dk.to(dtype))
     tma.store_wait(0)
     fence_async_shared()
     barrier()
     store_rows(dk_desc, k, place.b, place.kv_h, place.k_start, place.k_len, key, place.VARLEN)
-    pipes.values.release(turn)
+    pipes.values.release(pipes.of_values(turn))
 
 
 @gluon.jit(do_not_specialize=RUNTIME)
@@ -371,7 +376,7 @@ def backward_kernel(
     KIND: gl.constexpr, LEFT: gl.constexpr, RAGGED: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr,
     BIAS: gl.constexpr, BIAS_ALIGN: gl.constexpr, BIAS_STEP: gl.constexpr, BIAS_TILES: gl.constexpr,
     DROPOUT: gl.constexpr, ORDERED: gl.constexpr, DBIAS: gl.constexpr, DETERMINISTIC: gl.constexpr,
-    BOUNDS: gl.constexpr,
+    BOUNDS: gl.constexpr, ROTATES: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
     D: gl.constexpr = k_desc.block_type.shape[-1]
@@ -390,8 +395,15 @@ def backward_kernel(
         dbias_desc, dbias, stride_gb, stride_gh, max_k, DBIAS, DBIAS == "boxes" and dbias.dtype.element_ty != gl.float32
     )
 
-    k_tiles = gl.allocate_shared_memory(dtype, [GROUPS, KEYS, D], swizzled(2, D))
-    v_tiles = gl.allocate_shared_memory(dtype, [GROUPS, KEYS, DV], swizzled(2, DV))
+    if ROTATES:
+        tiles_of_both = gl.allocate_shared_memory(dtype, [3 * GROUPS, KEYS, D], swizzled(2, D))
+        keys = Ring(tiles_of_both, barriers(3, 1), barriers(3, GROUPS), 3)
+        values = keys
+    else:
+        k_tiles = gl.allocate_shared_memory(dtype, [GROUPS, KEYS, D], swizzled(2, D))
+        keys = Ring(k_tiles, barriers(1, 1), barriers(1, GROUPS), 1)
+        v_tiles = gl.allocate_shared_memory(dtype, [GROUPS, KEYS, DV], swizzled(2, DV))
+        values = Ring(v_tiles, barriers(1, 1), barriers(1, GROUPS), 1)
     q_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, D], swizzled(2, D))
     do_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, DV], swizzled(2, DV))
     ds_tiles = gl.allocate_shared_memory(dtype, [GROUPS, 2 * BLOCK_M, KEYS], swizzled(2, KEYS))
@@ -402,12 +414,10 @@ def backward_kernel(
     exits = gl.allocate_shared_memory(gl.float32, [SLOTS, dq_desc.block_type.shape[0], 256], dq_desc.layout)
     empty = barriers(STAGES, 2 if GROUPS == 1 else GROUPS)
     read = barriers(2, 1)
-    keys = Ring(k_tiles, barriers(1, 1), barriers(1, GROUPS), 1)
-    values = Ring(v_tiles, barriers(1, 1), barriers(1, GROUPS), 1)
     pipes = Pipes(
         keys, values, barriers(1, 1), Ring(q_tiles, barriers(STAGES, 1), empty, STAGES), row_tiles,
         Ring(do_tiles, barriers(STAGES, 1), empty, STAGES), biases, Ring(ds_tiles, barriers(2, GROUPS), read, 2), exits,
-        GROUPS, BLOCK_M, D, DV, DIM, DIM_V, SLOTS, GROUPED, BIAS_TILES,
+        GROUPS, BLOCK_M, D, DV, DIM, DIM_V, SLOTS, GROUPED, BIAS_TILES, ROTATES,
     )  # fmt: skip
     # Passing on takes a good part of a step. Under a left bound a tile may end within a pair that the next one skips.
     turns = Turns(counters + 1, DETERMINISTIC, 1 if LEFT else 2)

@@ -27,6 +27,7 @@ NEVER = gl.constexpr(2**30)
 class Keys:
     """The 64 keys of a consumer and a query head: which they are, which rows see them, what their scores depend on."""
 
+    turn: gl.tensor
     b: gl.tensor
     h: gl.tensor
     bh: gl.tensor
@@ -60,7 +61,7 @@ def keys_of(place, mask, scoring, g, WG: gl.constexpr):
     h = place.head(g)
     low, high, offset = random_state(scoring.rng, scoring.DROPOUT)
     return Keys(
-        place.b, h, place.b * place.heads + h, first, lane, begin, end, place.q_len, place.k_len,
+        place.turn, place.b, h, place.b * place.heads + h, first, lane, begin, end, place.q_len, place.k_len,
         scoring.bias_of(place.b, h), scoring.slope(place.b, h), low, high, offset, place.BLOCK_M,
     )  # fmt: skip
 
@@ -355,7 +356,7 @@ def _step(
 ):
     """Step n, the query rows from m."""
     LAYOUT: gl.constexpr = accumulator(pipes.BLOCK_M)
-    k = pipes.key_tile(WG + pipes.nil(n))
+    k = pipes.key_tile(keys.turn, WG + pipes.nil(n))
     bias = load_bias(m, keys, scoring)
     q = pipes.queries.wait(n)
     running = row_products(k, q, pipes.DIM)
@@ -368,7 +369,9 @@ def _step(
         p = gl.where(kept(bits, keys), p, -p)
     p = p.to(k.dtype)
     do = pipes.douts.wait(n)
-    running = row_products(pipes.value_tile(WG + pipes.nil(n)), do, pipes.DIM_V)
+    if pipes.ROTATES:
+        pipes.values.await_full(pipes.of_values(keys.turn))
+    running = row_products(pipes.value_tile(keys.turn, WG + pipes.nil(n)), do, pipes.DIM_V)
     if scoring.DROPOUT:
         # dV comes later: its operand, what is kept of P, would take registers beside P.
         delta = pipes.of_rows(n, 1, LAYOUT)

@@ -57,7 +57,7 @@ def _add_product(left, right, a, b):
 @gluon.jit
 def _weigh(left, right, n, m, pipes, weights, keys, mask, scoring, MASKED: gl.constexpr):
     """P^T of the query rows from m, handed over, and its product with dO added to dV."""
-    k = pipes.key_tile(0)
+    k = pipes.key_tile(keys.turn, 0)
     bias = load_bias(m, keys, scoring)
     q = pipes.queries.wait(n)
     running = row_products(k, q, pipes.DIM)
@@ -91,7 +91,7 @@ def _differentiate(
     """dS^T of the query rows from m, handed over, and its product with Q added to dK. What P hides is 0 here, too."""
     LAYOUT: gl.constexpr = accumulator(pipes.BLOCK_M)
     do = pipes.douts.wait(n)
-    running = row_products(pipes.value_tile(0), do, pipes.DIM_V)
+    running = row_products(pipes.value_tile(keys.turn, 0), do, pipes.DIM_V)
     weights.await_full(n)
     p = pipes.scores_of(n, 0).load(LAYOUT)
     q = pipes.queries.wait(n)
@@ -167,7 +167,7 @@ def _key_gradients(dk_desc, n, turn, items, place, span, pipes, weights, mask, s
     left, right = _halves(pipes.DIM, pipes.D)
     start, _, _, stop = span
     pipes.values.await_full(turn)
-    narrow = items.narrow(turn, pipes.value_tile(0))
+    narrow = items.narrow(turn, pipes.value_tile(turn, 0))
     for g in range(place.group if pipes.GROUPED else 1):
         keys = keys_of(place, mask, scoring, g, 0)
         if items.BOUNDS:

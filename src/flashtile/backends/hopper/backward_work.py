@@ -21,8 +21,11 @@ LARGEST = gl.constexpr(6e4)  # what float16 surely holds, also of a sum that was
 
 @aggregate
 class Place:
-    """One tile of keys: its sequence, its key-value head and the query heads that share it."""
+    """One tile of keys: its sequence, its key-value head and the query heads that share it. turn: which of a program's
+    items.
+    """
 
+    turn: gl.tensor
     tile: gl.tensor
     b: gl.tensor
     kv_h: gl.tensor
@@ -82,10 +85,10 @@ class Items:
         """Takes the program's item number `turn` and tells the other roles, which are done with the one of two turns
         before. Returns its Place and walks; a tile below 0: there is none. WARPS: of the caller.
         """
-        place = self._place(gl.atomic_add(self.counter, 1, sem="relaxed"))
+        place = self._place(turn, gl.atomic_add(self.counter, 1, sem="relaxed"))
         if self.lengths.VARLEN:
             while (place.tile >= 0) & (place.first_key >= place.k_len):
-                place = self._place(gl.atomic_add(self.counter, 1, sem="relaxed"))
+                place = self._place(turn, gl.atomic_add(self.counter, 1, sem="relaxed"))
         spans = mask.walks(place, self.GROUPS)
         at = turn % 2 * RECORD
         self.records.write(at, place.tile, WARPS)
@@ -133,7 +136,7 @@ class Items:
         if self.lengths.VARLEN:
             q_start, q_len = self.records.read(at + 4), self.records.read(at + 5)
             k_start, k_len = self.records.read(at + 6), self.records.read(at + 7)
-        return self._at(tile, b, kv_h, q_start, q_len, k_start, k_len, scratch)
+        return self._at(turn, tile, b, kv_h, q_start, q_len, k_start, k_len, scratch)
 
     @gluon.jit
     def _bounds(self, place, spans, WARPS: gl.constexpr):
@@ -173,7 +176,7 @@ class Items:
         return records.read(at), records.read(at + 1), records.read(at + 2), records.read(at + 3)
 
     @gluon.jit
-    def _place(self, item):
+    def _place(self, turn, item):
         """The Place of an item: the heads of a section side by side, their first tiles first (REVERSED: last)."""
         last = self.tiles * self.programs - 1
         tile, bh = place_in_section(gl.minimum(item, last), self.tiles, self.programs, self.section)
@@ -184,12 +187,12 @@ class Items:
         kv_h = bh % kv_heads
         q_start, q_len, k_start, k_len = self.lengths.of(b, False)
         scratch = scratch_row(b, kv_h * self.group, self.heads, q_start, self.padded, self.lengths.VARLEN)
-        return self._at(gl.where(item > last, -1, tile), b, kv_h, q_start, q_len, k_start, k_len, scratch)
+        return self._at(turn, gl.where(item > last, -1, tile), b, kv_h, q_start, q_len, k_start, k_len, scratch)
 
     @gluon.jit
-    def _at(self, tile, b, kv_h, q_start, q_len, k_start, k_len, scratch):
+    def _at(self, turn, tile, b, kv_h, q_start, q_len, k_start, k_len, scratch):
         return Place(
-            tile, b, kv_h, self.heads, self.group, tile * (self.GROUPS * KEYS), q_start, q_len, k_start, k_len,
+            turn, tile, b, kv_h, self.heads, self.group, tile * (self.GROUPS * KEYS), q_start, q_len, k_start, k_len,
             scratch, self.padded, self.lengths.VARLEN, self.BLOCK_M, self.GROUPS * KEYS,
         )  # fmt: skip
 
@@ -331,7 +334,8 @@ class Pipes:
     """What flows between the roles: K and V of a program's item, a ring of query tiles with their rows of lse and
     delta, one of dO tiles released together with it, a ring of dS, and the shared memory through which dQ leaves.
 
-    Steps count as n over all items, items as turns. keys, values: rings of one slot, a tile for each consumer in it.
+    Steps count as n over all items, items as turns. keys, values: rings of one slot, a tile for each consumer in it; or
+    one ring of three (ROTATES), through which keys and values come in turns, so that the next keys find room early.
     scores: the buffer of a consumer holds its slots one after the other, so that dK finds room there in the end.
     DIM, DIM_V: how many of a tile's D or DV columns the head dims take.
     biases: for each slot of the query ring and each consumer, the bias of its scores, a row of 64 keys for each query.
@@ -355,16 +359,27 @@ class Pipes:
     SLOTS: gl.constexpr
     GROUPED: gl.constexpr
     BIAS_TILES: gl.constexpr
+    ROTATES: gl.constexpr
 
     @gluon.jit
-    def key_tile(self, w):
+    def of_keys(self, turn):
+        """The number of an item's keys in their ring."""
+        return 2 * turn if self.ROTATES else turn
+
+    @gluon.jit
+    def of_values(self, turn):
+        """The number of an item's values in theirs."""
+        return 2 * turn + 1 if self.ROTATES else turn
+
+    @gluon.jit
+    def key_tile(self, turn, w):
         """The 64 keys of consumer w."""
-        return self.keys.buffers.index(w)
+        return self.keys.buffers.index(self.of_keys(turn) % self.keys.STAGES * self.GROUPS + w)
 
     @gluon.jit
-    def value_tile(self, w):
+    def value_tile(self, turn, w):
         """Their values."""
-        return self.values.buffers.index(w)
+        return self.values.buffers.index(self.of_values(turn) % self.values.STAGES * self.GROUPS + w)
 
     @gluon.jit
     def nil(self, n):

@@ -67,8 +67,8 @@ def test_every_row_fits_shared_memory_and_the_register_file(dim: int, causal: bo
 
 @pytest.mark.parametrize(
     ("dim", "v_dim", "keys", "widths"),
-    [(64, 64, 192, (64, 64)), (33, 64, 192, (64, 64)), (128, 128, 128, (128, 128)), (128, 64, 128, (128, 64)), (192, 128, 64, (256, 128)),
-     (256, 40, 64, (256, 128))],
+    [(64, 64, 192, (64, 64)), (33, 64, 192, (64, 64)), (128, 128, 128, (128, 128)),
+     (128, 64, 128, (128, 64)), (192, 128, 64, (256, 128)), (256, 40, 64, (256, 128))],
 )  # fmt: skip
 def test_tiles_of_the_backward(dim: int, v_dim: int, keys: int, widths: tuple[int, int]) -> None:
     problem = replace(PLAIN, qk_dim=dim, v_dim=v_dim)
@@ -89,7 +89,10 @@ def test_tiles_of_the_backward(dim: int, v_dim: int, keys: int, widths: tuple[in
 def test_keys_and_values_of_one_width_come_in_turns(dim: int, v_dim: int, rotates: bool) -> None:
     problem = replace(PLAIN, qk_dim=dim, v_dim=v_dim)
     assert backward_configs.pick(problem).rotates == rotates
-    assert not backward_configs.pick(problem, True).rotates
+
+
+def test_a_bias_takes_the_memory_of_the_third_tile() -> None:
+    assert not backward_configs.pick(PLAIN, True).rotates
 
 
 @pytest.mark.parametrize(

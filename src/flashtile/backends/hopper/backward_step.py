@@ -356,7 +356,8 @@ def _step(
 ):
     """Step n, the query rows from m."""
     LAYOUT: gl.constexpr = accumulator(pipes.BLOCK_M)
-    k = pipes.key_tile(keys.turn, WG + pipes.nil(n))
+    turn, wg = pipes.hidden(n, keys.turn, WG)
+    k = pipes.key_tile(turn, wg)
     bias = load_bias(m, keys, scoring)
     q = pipes.queries.wait(n)
     running = row_products(k, q, pipes.DIM)
@@ -370,8 +371,8 @@ def _step(
     p = p.to(k.dtype)
     do = pipes.douts.wait(n)
     if pipes.ROTATES:
-        pipes.values.await_full(pipes.of_values(keys.turn))
-    running = row_products(pipes.value_tile(keys.turn, WG + pipes.nil(n)), do, pipes.DIM_V)
+        pipes.values.await_full(pipes.of_values(turn))
+    running = row_products(pipes.value_tile(turn, wg), do, pipes.DIM_V)
     if scoring.DROPOUT:
         # dV comes later: its operand, what is kept of P, would take registers beside P.
         delta = pipes.of_rows(n, 1, LAYOUT)

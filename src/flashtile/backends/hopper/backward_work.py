@@ -390,6 +390,14 @@ class Pipes:
         return n >> 31 if self.D > 64 and not self.BIAS_TILES else 0
 
     @gluon.jit
+    def hidden(self, n, turn, WG: gl.constexpr):
+        """What a consumer's tiles of keys and values are found by, such that no compiler knows them before step n."""
+        if self.ROTATES:
+            return turn + self.nil(n), WG
+        else:
+            return turn, WG + self.nil(n)
+
+    @gluon.jit
     def await_done(self, turn):
         """Waits until dQ has been made from all of an item's dS, and reads its keys no more."""
         mbarrier.wait(self.done.index(0), turn & 1)

@@ -322,20 +322,23 @@ def _gradients(n, turn, items, place, spans, pipes, mask, scoring, dbias, WG: gl
     dk = gl.zeros([KEYS, pipes.D], gl.float32, accumulator(pipes.D))
     dv = gl.zeros([KEYS, pipes.DV], gl.float32, accumulator(pipes.DV))
     pipes.keys.await_full(pipes.of_keys(turn))
-    if items.BOUNDS or not pipes.ROTATES:
+    if items.PRODUCTS == "bounded" or not pipes.ROTATES:
         pipes.values.await_full(pipes.of_values(turn))
     tma.store_wait(0)  # dK of the item before has left the slots of dS
     barrier()
+    NARROW: gl.constexpr = items.PRODUCTS == "narrow"
     narrow = items.narrow(turn, pipes.value_tile(turn, WG))
     for g in range(place.group if pipes.GROUPED else 1):
         keys = keys_of(place, mask, scoring, g, WG)
-        if items.BOUNDS:
+        if items.PRODUCTS == "bounded":
             if narrow:
                 dk, dv, n = walk(dk, dv, n, spans[WG], first, last, pipes, keys, mask, scoring, dbias, WG, True)
             else:
                 dk, dv, n = walk(dk, dv, n, spans[WG], first, last, pipes, keys, mask, scoring, dbias, WG, False)
         else:
-            dk, dv, n = walk(dk, dv, n, spans[WG], first, last, pipes, keys, mask, scoring, dbias, WG, True)
+            dk, dv, n = walk(dk, dv, n, spans[WG], first, last, pipes, keys, mask, scoring, dbias, WG, NARROW)
+    if pipes.ROTATES:  # also where there was no step: what is released must have been full
+        pipes.values.await_full(pipes.of_values(turn))
     return dk, dv, n
 
 
@@ -376,7 +379,7 @@ def backward_kernel(
     KIND: gl.constexpr, LEFT: gl.constexpr, RAGGED: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr,
     BIAS: gl.constexpr, BIAS_ALIGN: gl.constexpr, BIAS_STEP: gl.constexpr, BIAS_TILES: gl.constexpr,
     DROPOUT: gl.constexpr, ORDERED: gl.constexpr, DBIAS: gl.constexpr, DETERMINISTIC: gl.constexpr,
-    BOUNDS: gl.constexpr, ROTATES: gl.constexpr,
+    PRODUCTS: gl.constexpr, ROTATES: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
     D: gl.constexpr = k_desc.block_type.shape[-1]
@@ -384,7 +387,7 @@ def backward_kernel(
     lengths = Lengths(cu_q, cu_k, mailbox, max_q, max_k, total_q, total_k, VARLEN)
     items = Items(
         counters, words(2 * RECORD), barriers(2, 1), lengths, rows, heads, group, padded, scratch, tiles, programs,
-        section, DETERMINISTIC, BLOCK_M, GROUPS, BOUNDS,
+        section, DETERMINISTIC, BLOCK_M, GROUPS, PRODUCTS,
     )  # fmt: skip
     mask = Mask(first_rows, end_rows, stride_tb, left, right, KIND, LEFT, RAGGED)
     scoring = Scoring(

@@ -178,7 +178,7 @@ def prepare(problem: Problem, call: Call, boxed: tuple[Tensor, ...], variant: tu
         "ORDERED": problem.window_right is not None and problem.window_right <= 0,
         "DETERMINISTIC": problem.deterministic,
         "ROTATES": config.rotates,
-        "BOUNDS": problem.dtype == torch.float16,
+        "PRODUCTS": backward_prologue.products(problem),
         "DBIAS": "boxes" if tiles_out else "none" if kind == "row" else kind,
         "stride_tb": stride_tb,
     }

@@ -1,6 +1,5 @@
 """What a consumer of the backward does: from the products S^T and dP^T of its 64 keys to P^T, dS^T, dV and dK."""
 
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -12,13 +11,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from flashtile.backends.hopper.backward_work import KEYS
 from flashtile.backends.hopper.bias_tiles import add_tile, axis, store_tile
-from flashtile.backends.hopper.dialect import aggregate, barrier
+from flashtile.backends.hopper.dialect import PTXAS_13, aggregate, barrier
 from flashtile.backends.hopper.tiles import accumulator, left_operand, partial_sums, row_products
 from flashtile.gpu.philox import random_state, random_words
 from flashtile.gpu.scores import LOG2E, score
 
-# ptxas 13, which Triton 3.9 uses for Hopper too, serialises all products where delta is read before dP is there.
-LATE = gl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8))
 MINUS_INFINITY = gl.constexpr(float("-inf"))
 NEVER = gl.constexpr(2**30)
 
@@ -381,10 +378,10 @@ def _step(
         dv_running = warpgroup_mma(gl.convert_layout(positive(p), left_operand(pipes.DV)), do, dv, is_async=True)
     else:
         dv_running = warpgroup_mma(gl.convert_layout(p, left_operand(pipes.DV)), do, dv, is_async=True)
-        if not LATE:
+        if not PTXAS_13:  # which serialises all products where delta is read before dP is there
             delta = pipes.of_rows(n, 1, LAYOUT)
         dp = warpgroup_mma_wait(1, deps=(running,))
-        if LATE:
+        if PTXAS_13:
             delta = pipes.of_rows(n, 1, LAYOUT)
         ds = score_gradients(p, dp, delta, scoring, NARROW)
     if dbias.KIND == "column":

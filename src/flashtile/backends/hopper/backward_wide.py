@@ -167,16 +167,17 @@ def _key_gradients(dk_desc, n, turn, items, place, span, pipes, weights, mask, s
     left, right = _halves(pipes.DIM, pipes.D)
     start, _, _, stop = span
     pipes.values.await_full(turn)
+    NARROW: gl.constexpr = items.PRODUCTS == "narrow"
     narrow = items.narrow(turn, pipes.value_tile(turn, 0))
     for g in range(place.group if pipes.GROUPED else 1):
         keys = keys_of(place, mask, scoring, g, 0)
-        if items.BOUNDS:
+        if items.PRODUCTS == "bounded":
             if narrow:
                 left, right, n = _walk_keys(left, right, n, start, stop, pipes, weights, keys, scoring, dbias, True)
             else:
                 left, right, n = _walk_keys(left, right, n, start, stop, pipes, weights, keys, scoring, dbias, False)
         else:
-            left, right, n = _walk_keys(left, right, n, start, stop, pipes, weights, keys, scoring, dbias, True)
+            left, right, n = _walk_keys(left, right, n, start, stop, pipes, weights, keys, scoring, dbias, NARROW)
     scale = scoring.scale
     if scoring.DROPOUT:
         scale = scale * scoring.keep_scale

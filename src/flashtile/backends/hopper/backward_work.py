@@ -60,7 +60,8 @@ class Items:
     Numbers are given out in order, and only to programs that run: what waits for tiles with smaller numbers never
     waits for one that cannot start. One role takes them, works out where they lie and which query tiles see them, and
     leaves that in shared memory, for a program's present item and its next: the others read a few words between two
-    items, when all of them stand still, where they would each divide and look up the same.
+    items, when all of them stand still, where they would each divide and look up the same. PRODUCTS: what
+    backward_prologue.products says.
     """
 
     counter: gl.tensor
@@ -78,7 +79,7 @@ class Items:
     REVERSED: gl.constexpr
     BLOCK_M: gl.constexpr
     GROUPS: gl.constexpr
-    BOUNDS: gl.constexpr
+    PRODUCTS: gl.constexpr
 
     @gluon.jit
     def take(self, turn, mask, WARPS: gl.constexpr):
@@ -103,7 +104,7 @@ class Items:
         for w in gl.static_range(self.GROUPS):
             for i in gl.static_range(4):
                 self.records.write(at + 8 + 4 * w + i, spans[w][i], WARPS)
-        if self.BOUNDS:
+        if self.PRODUCTS == "bounded":
             dout, delta = self._bounds(place, spans, WARPS)
             self.records.write(at + 20, dout.to(gl.int32, bitcast=True), WARPS)
             self.records.write(at + 21, delta.to(gl.int32, bitcast=True), WARPS)
@@ -160,14 +161,14 @@ class Items:
         """True where 16 bits hold all dP - delta of an item's rows and of 64 keys with values v: a product of two rows
         is at most that of their lengths.
         """
-        if self.BOUNDS:
+        if self.PRODUCTS == "bounded":
             at = turn % 2 * RECORD
             dout = self.records.read(at + 20).to(gl.float32, bitcast=True)
             delta = self.records.read(at + 21).to(gl.float32, bitcast=True)
             x = v.load(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])).to(gl.float32)
             return gl.sqrt(gl.max(gl.sum(x * x, 1), 0)) * dout + delta < LARGEST
         else:
-            return True
+            return False
 
     @gluon.jit
     def _walk(self, turn, w):

@@ -15,6 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import tma
 from triton.language.core import _aggregate
 
 __all__ = [
+    "PTXAS_13",
     "aggregate",
     "bare_launcher",
     "barrier",
@@ -24,6 +25,9 @@ __all__ = [
     "reinterpret",
     "store",
 ]
+
+# Triton 3.9 compiles for Hopper with ptxas 13, too, which needs more registers.
+PTXAS_13 = gl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8))
 
 # Renamed after 3.6: a barrier of all threads of one partition.
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier

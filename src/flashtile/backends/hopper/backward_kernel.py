@@ -256,7 +256,7 @@ def _reduce(dq_desc, turns, sources, pipes, items, mask, dbias, LOADS: gl.conste
                 sources.load_step(pipes, place, spans, step, n + step)
         pipes.keys.await_full(pipes.of_keys(turn))
         n = _add_item(dq_desc, n, turns, sources, pipes, place, mask, dbias, spans, LOADS)
-        mbarrier.arrive(pipes.done.index(0), count=1)
+        mbarrier.arrive(pipes.done.index(turn % 2), count=1)
         if dbias.STORED and (mask.KIND != "none" or mask.RAGGED):
             dbias.blank(pipes, place, spans)
         tma.store_wait(0)
@@ -418,7 +418,7 @@ def backward_kernel(
     empty = barriers(STAGES, 2 if GROUPS == 1 else GROUPS)
     read = barriers(2, 1)
     pipes = Pipes(
-        keys, values, barriers(1, 1), Ring(q_tiles, barriers(STAGES, 1), empty, STAGES), row_tiles,
+        keys, values, barriers(2, 1), Ring(q_tiles, barriers(STAGES, 1), empty, STAGES), row_tiles,
         Ring(do_tiles, barriers(STAGES, 1), empty, STAGES), biases, Ring(ds_tiles, barriers(2, GROUPS), read, 2), exits,
         GROUPS, BLOCK_M, D, DV, DIM, DIM_V, SLOTS, GROUPED, BIAS_TILES, ROTATES,
     )  # fmt: skip

@@ -192,9 +192,10 @@ class Items:
 
     @gluon.jit
     def _at(self, turn, tile, b, kv_h, q_start, q_len, k_start, k_len, scratch):
+        first_key = gl.maximum(tile, 0) * (self.GROUPS * KEYS)  # walks are worked out for no item, too
         return Place(
-            turn, tile, b, kv_h, self.heads, self.group, tile * (self.GROUPS * KEYS), q_start, q_len, k_start, k_len,
-            scratch, self.padded, self.lengths.VARLEN, self.BLOCK_M, self.GROUPS * KEYS,
+            turn, tile, b, kv_h, self.heads, self.group, first_key, q_start, q_len, k_start, k_len, scratch,
+            self.padded, self.lengths.VARLEN, self.BLOCK_M, self.GROUPS * KEYS,
         )  # fmt: skip
 
 
@@ -400,8 +401,11 @@ class Pipes:
 
     @gluon.jit
     def await_done(self, turn):
-        """Waits until dQ has been made from all of an item's dS, and reads its keys no more."""
-        mbarrier.wait(self.done.index(0), turn & 1)
+        """Waits until dQ has been made from all of an item's dS, and reads its keys no more.
+
+        Two barriers take turns, for an item without steps may be done with before its consumers ask about the last one.
+        """
+        mbarrier.wait(self.done.index(turn % 2), (turn // 2) & 1)
 
     @gluon.jit
     def of_rows(self, n, WHICH: gl.constexpr, layout: gl.constexpr):

@@ -71,7 +71,7 @@ def test_every_row_fits_shared_memory_and_the_register_file(dim: int, causal: bo
      (128, 64, 128, (128, 64)), (192, 128, 64, (256, 128)), (256, 40, 64, (256, 128))],
 )  # fmt: skip
 def test_tiles_of_the_backward(dim: int, v_dim: int, keys: int, widths: tuple[int, int]) -> None:
-    problem = replace(PLAIN, qk_dim=dim, v_dim=v_dim)
+    problem = replace(PLAIN, qk_dim=dim, v_dim=v_dim, window_right=0)
     config = backward_configs.pick(problem)
     assert config.block_n == keys
     assert backward_configs.widths(problem) == widths
@@ -84,15 +84,24 @@ def test_tiles_of_the_backward(dim: int, v_dim: int, keys: int, widths: tuple[in
 
 
 @pytest.mark.parametrize(
-    ("dim", "v_dim", "rotates"), [(128, 72, True), (128, 64, False), (64, 64, False), (256, 256, False)]
+    ("changes", "rotates"),
+    [
+        ({}, True),
+        ({"window_right": None}, False),
+        ({"window_right": None, "varlen": True, "total_q": 9, "total_k": 9}, True),
+        ({"window_right": None, "table": True}, True),
+        ({"v_dim": 72}, True),
+        ({"v_dim": 64}, False),
+        ({"qk_dim": 64, "v_dim": 64}, False),
+        ({"qk_dim": 256, "v_dim": 256}, False),
+    ],
 )
-def test_keys_and_values_of_one_width_come_in_turns(dim: int, v_dim: int, rotates: bool) -> None:
-    problem = replace(PLAIN, qk_dim=dim, v_dim=v_dim)
-    assert backward_configs.pick(problem).rotates == rotates
+def test_keys_and_values_of_short_items_come_in_turns(changes: dict[str, Any], rotates: bool) -> None:
+    assert backward_configs.pick(replace(PLAIN, **{"window_right": 0, **changes})).rotates == rotates
 
 
 def test_a_bias_takes_the_memory_of_the_third_tile() -> None:
-    assert not backward_configs.pick(PLAIN, True).rotates
+    assert not backward_configs.pick(replace(PLAIN, window_right=0), True).rotates
 
 
 @pytest.mark.parametrize(

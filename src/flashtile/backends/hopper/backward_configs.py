@@ -58,9 +58,9 @@ class Row(NamedTuple):
 BACKWARD = (
     Row(64, Config(64, 3, 4, 2, (144, 80, 0))),  # 511 / 434; two consumers and steps of 128 rows 483 / 407
     Row(64, Config(64, 2, 4, 2, (208, 72, 24)), bias_tiles=True),  # causal, 8192: 415; a third consumer lacks registers
-    # 565 / 497 with the next row; documents 3520 us, 3654 with it, window of 1024 749 and 764, others within 1 %
+    # causal 560, 543 with the next row; full 583 and 589, 16384 617 and 630
     Row(128, Config(64, 2, 2, 2, (208, 72, 24), rotates=True)),
-    Row(128, Config(64, 2, 3, 2, (208, 72, 24))),  # two stages 2 % less
+    Row(128, Config(64, 2, 3, 2, (208, 72, 24))),
     Row(128, Config(64, 2, 2, 2, (208, 72, 24)), bias_tiles=True),  # causal, 8192: 553; a third stage does not fit
     Row(256, Config(64, 1, 2, 2, (208, 72, 24))),  # 422 / 380; dQ through one slot 401 / 368
 )
@@ -86,11 +86,16 @@ def room_for_bias(problem: Problem) -> bool:
     return max(problem.qk_dim, problem.v_dim) <= 128 and not problem.varlen
 
 
+def _rotates(problem: Problem) -> bool:
+    """True where keys and values have tiles of one width, and items so few steps that it counts what lies between."""
+    one_width = configs.width(problem.qk_dim) == configs.width(problem.v_dim)
+    return one_width and (problem.varlen or not configs.unmasked(problem))
+
+
 def pick(problem: Problem, bias_tiles: bool = False) -> Config:
     """Tiles and roles of the backward kernel. bias_tiles: a bias comes by TMA."""
     dim = max(problem.qk_dim, problem.v_dim)
-    one_width = configs.width(problem.qk_dim) == configs.width(problem.v_dim)
     for row in BACKWARD:
-        if dim <= row.max_dim and row.bias_tiles >= bias_tiles and (one_width or not row.config.rotates):
+        if dim <= row.max_dim and row.bias_tiles >= bias_tiles and (not row.config.rotates or _rotates(problem)):
             return row.config
     raise LookupError(f"no tile sizes for {problem}: the last rows of the table must serve every problem")

@@ -44,7 +44,8 @@ class Row(NamedTuple):
     bias_tiles: bool = False
 
 
-def _no_diagonal(problem: Problem) -> bool:
+def unmasked(problem: Problem) -> bool:
+    """True where every row sees all keys."""
     return problem.window_left is None and problem.window_right is None and not problem.table
 
 
@@ -56,11 +57,11 @@ def _rounds(problem: Problem, groups: int) -> int:
 def _few_rounds(problem: Problem) -> bool:
     """Where an SM gets few items of 256 rows, and few SMs get the last one; a round of 128 takes 0.57 as long."""
     four = _rounds(problem, 4)
-    return _no_diagonal(problem) and not problem.varlen and four <= 4 and 0.57 * _rounds(problem, 2) < 0.97 * four
+    return unmasked(problem) and not problem.varlen and four <= 4 and 0.57 * _rounds(problem, 2) < 0.97 * four
 
 
 def _long_without_diagonal(problem: Problem) -> bool:
-    return _no_diagonal(problem) and not problem.varlen and min(problem.q_len, problem.k_len) >= 16384
+    return unmasked(problem) and not problem.varlen and min(problem.q_len, problem.k_len) >= 16384
 
 
 def _narrow_values(problem: Problem) -> bool:

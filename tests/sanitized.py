@@ -30,6 +30,7 @@ CASES = (
     *(replace(_SMALL, id=f"causal-{dim}", dim=dim, heads=2, kv_heads=1, mask=Causal()) for dim in (64, 128, 256)),
     replace(_SMALL, id="window", dim=128, mask=Window(100, 20)),
     replace(_SMALL, id="table", dim=64, mask=Chunked(90, 10)),
+    replace(_SMALL, id="table-short", q_len=80, k_len=80, dim=32, mask=Chunked(16, 6)),  # less than a tile of keys
     replace(_SMALL, id="bias", dim=128, bias="additive"),
     replace(_SMALL, id="features", dim=128, mask=Causal(), **_ALL),
     replace(_SMALL, id="deterministic", dim=64, mask=Causal(), deterministic=True),

@@ -213,6 +213,32 @@ def test_wide_keys_with_narrower_values_come_in_panels(changes: dict[str, Any], 
     assert config.panels == panels
 
 
+def test_panels_are_the_way_out() -> None:
+    with pytest.raises(ValueError, match="panels: got True without shared"):
+        configs.Config(2, 128, 2, (240, 24), panels=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "ptxas_13", "expected"),
+    [
+        ({"dtype": torch.bfloat16, "dropout_p": 0.1}, True, "narrow"),
+        ({"dtype": torch.float16}, True, "bounded"),
+        ({"dtype": torch.float16, "dropout_p": 0.1}, False, "bounded"),
+        ({"dtype": torch.float16, "dropout_p": 0.1}, True, "wide"),
+        ({"dtype": torch.float16, "dropout_p": 0.1, "qk_dim": 64, "v_dim": 64}, False, "wide"),
+    ],
+)
+def test_products_of_16_bits_where_they_are_safe_and_pay(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], ptxas_13: bool, expected: str
+) -> None:
+    from triton.experimental.gluon import language as gl
+
+    from flashtile.backends.hopper import backward_prologue, dialect
+
+    monkeypatch.setattr(dialect, "PTXAS_13", gl.constexpr(ptxas_13))
+    assert backward_prologue.products(replace(PLAIN, **changes)) == expected
+
+
 @pytest.mark.parametrize(("rows", "groups"), [(16384, 3), (16383, 4)])
 def test_long_calls_of_narrow_heads_get_wider_tiles(rows: int, groups: int) -> None:
     config = configs.forward(replace(PLAIN, qk_dim=64, v_dim=64, q_len=rows, k_len=rows))

@@ -72,8 +72,9 @@ def test_products_of_gradients_and_values(
     expected = torch.autograd.grad(torch.einsum("bhmn,bnhd->bmhd", weights, wide[2]), wide, grad_out.double())
     products = torch.einsum("bmhd,bnhd->bhmn", grad_out.double(), wide[2])
     assert (products.abs().max() > 65504) == (amplitude > 1)
+    share = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 2e-5}[dtype]
     for got, want in zip(found, expected, strict=True):
-        assert (got.double() - want).norm() <= (2e-5 if dtype == torch.float32 else 2e-2) * want.norm()
+        assert (got.double() - want).norm() <= share * want.norm()
 
 
 @every_place

@@ -104,7 +104,7 @@ def products(problem: Problem) -> str:
     """How P (dP - delta) is made: "narrow", of 16-bit values, which in bfloat16 have the range of float32; "wide", of
     float32 values; "bounded", narrow where a bound on dP allows it.
 
-    The last takes both into the kernel, and with dropout that costs registers: 4 % slower at head dim 64, 4 % faster at
+    The last takes both into the kernel, and with dropout that costs registers: 4 % slower at head dim 64, 3 % faster at
     128, unless ptxas 13 compiles it, which then makes all products one by one.
     """
     if problem.dtype == torch.bfloat16:

@@ -17,7 +17,8 @@ class Config:
     registers: of a consumer's and of a producer's thread.
     shared: O leaves through Q's shared memory. query_stages: slots of the ring of query tiles. pieces: a tile's
     exponentials are made in so many, to save registers. strips: each consumer skips the key tiles that only others see.
-    panels: queries and keys lie in panels of 64 columns, as many as the head dim needs, not in a power of two.
+    panels: queries and keys lie in panels of 64 columns, as many as the head dim needs, not in a power of two; O, which
+    has 128, leaves through two of the queries'.
     """
 
     groups: int
@@ -29,6 +30,10 @@ class Config:
     pieces: int = 1
     strips: bool = False
     panels: bool = False
+
+    def __post_init__(self) -> None:
+        if self.panels and not self.shared:
+            raise ValueError("panels: got True without shared, but O leaves through them")
 
 
 class Row(NamedTuple):

@@ -291,7 +291,7 @@ def _item(o_desc, lse, work, n, b, h, first_row, span, q_len, pipes, shapes, cha
     if change.LEFT and pipes.STRIPS:
         n = pipes.skip(n, before)
     o16 = (o * share[:, None]).to(p16.dtype)
-    if pipes.PANELS > 1 and pipes.SHARED:
+    if pipes.PANELS > 1:  # O is two of them wide
         left, right = o16.reshape([64, 2, pipes.DV // 2]).permute([0, 2, 1]).split()
         pipes.query(work, WG, 0).store(left)
         pipes.query(work, WG, 1).store(right)

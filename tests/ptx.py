@@ -55,6 +55,18 @@ def _value(operation: str, x: list[np.ndarray]) -> np.ndarray:
     match operation:
         case "mov.f32":
             return x[0].copy()
+        case "mov.b32":
+            return x[0].view(np.uint32)
+        case "shr.u32":
+            return x[0] >> np.uint32(x[1][0])
+        case "sub.u32":
+            return (x[0] - x[1]).astype(np.uint32)
+        case "max.u32":
+            return np.maximum(x[0], x[1]).astype(np.uint32)
+        case "min.u32":
+            return np.minimum(x[0], x[1]).astype(np.uint32)
+        case "cvt.rn.f32.u32":
+            return x[0].astype(np.float32)
         case "neg.f32":
             return -x[0]
         case "add.f32":
@@ -71,6 +83,10 @@ def _value(operation: str, x: list[np.ndarray]) -> np.ndarray:
             return np.exp2(x[0]).astype(np.float32)
         case "setp.eq.f32":
             return x[0] == x[1]
+        case "setp.ne.u32":
+            return x[0] != x[1]
+        case "setp.le.or.f32":
+            return (x[0] <= x[1]) | x[2]
         case "setp.neu.f32":
             return ~(x[0] == x[1])
         case "setp.neu.or.f32":

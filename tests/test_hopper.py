@@ -239,10 +239,19 @@ def test_products_of_16_bits_where_they_are_safe_and_pay(
     assert backward_prologue.products(replace(PLAIN, **changes)) == expected
 
 
-@pytest.mark.parametrize(("rows", "groups"), [(16384, 3), (16383, 4)])
-def test_long_calls_of_narrow_heads_get_wider_tiles(rows: int, groups: int) -> None:
-    config = configs.forward(replace(PLAIN, qk_dim=64, v_dim=64, q_len=rows, k_len=rows))
-    assert config is not None and config.groups == groups
+@pytest.mark.parametrize(
+    ("changes", "pieces"),
+    [
+        ({"window_right": 0}, 0),
+        ({"window_right": 0, "window_left": 99}, 1),
+        ({"dtype": torch.float16, "q_len": 4096, "k_len": 4096}, 0),
+        ({"dtype": torch.float16, "q_len": 4096, "k_len": 1024}, 2),
+        ({"dtype": torch.float16, "q_len": 4096, "k_len": 4096, "window_right": 0}, 2),
+    ],
+)
+def test_weights_take_their_scores_place_where_that_pays(changes: dict[str, Any], pieces: int) -> None:
+    config = configs.forward(replace(PLAIN, qk_dim=64, v_dim=64, **changes))
+    assert config is not None and config.pieces == pieces
 
 
 @pytest.mark.parametrize(

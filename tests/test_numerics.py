@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from places import every_place
+from places import PLACES_16_BIT, every_place
 from torch import Tensor
 
 import flashtile
@@ -40,6 +40,31 @@ def test_scores_of_ten_thousand(backend: str, device: str, dtype: torch.dtype, s
     assert products.abs().max() > 65504
     assert products.abs().max() / 8 > 1e4
     run_case(huge, backend, dtype, device)
+
+
+@pytest.mark.parametrize(("backend", "device"), [place for place in PLACES_16_BIT if place.values[0] != "blocked"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("leap", [14.0, 40.0, 200.0])
+@pytest.mark.parametrize("keys", ["each tile", "one key"])
+def test_scores_that_leap(backend: str, device: str, dtype: torch.dtype, leap: float, keys: str) -> None:
+    """Scores that rise from tile to tile, in the order in which they are visited, by more than exp can hold in 16 or 32
+    bits, in all or some rows. `blocked` rounds the scores to bfloat16.
+    """
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, n, 2, 64, generator=generator) for n in (300, 400, 400))
+    q[..., 0] = 8.0
+    q[:, ::7, 1, 0] = 0.0
+    k[..., 0] = (399 - torch.arange(400)).div(64, rounding_mode="floor")[:, None] * leap if keys == "each tile" else 0.0
+    k[:, 3, :, 0] += leap
+    q, k, v = (x.to(device, dtype) for x in (q, k, v))
+    for causal in (False, True):
+        out, lse = flashtile.attention(q, k, v, causal=causal, backend=backend, return_lse=True)
+        scores = torch.einsum("bmhd,bnhd->bhmn", q.double(), k.double()) / 8
+        if causal:
+            scores.masked_fill_(torch.ones(300, 400, dtype=torch.bool, device=device).triu(101), -torch.inf)
+        expected = torch.einsum("bhmn,bnhd->bmhd", torch.softmax(scores, -1), v.double())
+        torch.testing.assert_close(out.double(), expected, rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(lse.double(), torch.logsumexp(scores, -1), rtol=1e-5, atol=1e-4)
 
 
 @every_place

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from flashtile.backends.hopper import online_softmax
+from flashtile.backends.hopper import weighing
 
 UNIT = 0.7
 COLUMNS = 64  # of a tile; a thread holds 32 scores, of columns 2 t and 2 t + 1 of each eight, in rows r and r + 8
@@ -39,13 +39,13 @@ def by_row(values: np.ndarray, count: int) -> list[np.ndarray]:
     return [values[lane // 4 + (i >> 1 & 1) * 8, lane % 4].astype(np.float32) for i in range(count)]
 
 
-def weigh(s: np.ndarray, m: np.ndarray, l: np.ndarray, pieces: int) -> tuple[np.ndarray, ...]:
+def weigh(code: str, s: np.ndarray, m: np.ndarray, l: np.ndarray, search: int = 0) -> tuple[np.ndarray, ...]:
     """(P, m [16], l [16, 4], the factor of earlier tiles [16]) of scores [16, COLUMNS]."""
     count = s.shape[1] // 2
-    code = online_softmax._weigh_code.fn(count, pieces)
     everywhere = np.full(ptx.LANES, UNIT, np.float32)
     rows = np.repeat(m[:, None], 4, 1)
-    inputs = [*threads(s), *by_row(rows, count), *by_row(l, count), *[everywhere] * count]
+    flags = [np.full(ptx.LANES, search, np.uint32)] * count
+    inputs = [*threads(s), *by_row(rows, count), *by_row(l, count), *[everywhere] * count, *flags]
     outputs = ptx.run(code, 2 * count, inputs)
     more = outputs[count:]
     both = [np.concatenate([more[i].reshape(8, 4), more[i + 2].reshape(8, 4)]) for i in (0, 1, 4)]
@@ -53,10 +53,10 @@ def weigh(s: np.ndarray, m: np.ndarray, l: np.ndarray, pieces: int) -> tuple[np.
     return tile_of(outputs[:count]), both[0][:, 0], both[1], both[2][:, 0]
 
 
-def check(s: np.ndarray, m: np.ndarray, pieces: int) -> tuple[np.ndarray, ...]:
+def check(code: str, s: np.ndarray, m: np.ndarray, search: int = 0) -> tuple[np.ndarray, ...]:
     """Weights, sums and factors belong to the maxima that are returned, whatever these are."""
     l = np.random.default_rng(1).uniform(1, 2, (16, 4)).astype(np.float32)
-    p, found, sums, shrunk = weigh(s, m, l, pieces)
+    p, found, sums, shrunk = weigh(code, s, m, l, search)
     base = np.where(np.isneginf(found), 0, found).astype(np.float64)
     with np.errstate(invalid="ignore"):
         expected = np.exp2(s.astype(np.float64) * np.float32(UNIT) - base[:, None])
@@ -68,56 +68,107 @@ def check(s: np.ndarray, m: np.ndarray, pieces: int) -> tuple[np.ndarray, ...]:
     return p, found, sums, shrunk
 
 
-@pytest.mark.parametrize("pieces", [1, 2, 4])
+NEVER = np.full(16, -np.inf, np.float32)
+KEEPING = [weighing.keeping.fn(COLUMNS // 2, pieces) for pieces in (1, 2, 4)]
+BFLOAT16, FLOAT16 = (weighing.in_place.fn(COLUMNS // 2, divides) for divides in (False, True))
+
+
+@pytest.mark.parametrize("code", [*KEEPING, BFLOAT16, FLOAT16], ids=["1", "2", "4", "bfloat16", "float16"])
 class TestWeigh:
-    def test_scores_near_the_old_maximum_are_taken_against_it(self, pieces: int) -> None:
+    def test_scores_near_the_old_maximum_are_taken_against_it(self, code: str) -> None:
         s = np.random.default_rng(0).normal(0, 3, (16, COLUMNS))
         m = np.full(16, 4.0, np.float32)
-        _, found, _, shrunk = check(s, m, pieces)
+        _, found, _, shrunk = check(code, s, m)
         np.testing.assert_array_equal(found, m)
         np.testing.assert_array_equal(shrunk, 1)
 
+    def test_rows_that_have_seen_nothing_yet(self, code: str) -> None:
+        s = np.random.default_rng(0).normal(0, 3, (16, COLUMNS))
+        _, found, _, shrunk = check(code, s, NEVER)
+        assert np.isfinite(found).all()
+        np.testing.assert_array_equal(shrunk, 0)
+
+    def test_rows_that_see_nothing_here_either(self, code: str) -> None:
+        s = np.full((16, COLUMNS), -np.inf)
+        s[:8] = np.random.default_rng(0).normal(0, 3, (8, COLUMNS))
+        p, found, _, _ = check(code, s, NEVER)
+        assert (p[8:] == 0).all()
+        _, later, _, _ = check(code, np.random.default_rng(1).normal(0, 3, (16, COLUMNS)), found)
+        assert (np.abs(later[8:]) < 30).all(), "a later tile finds their maxima"
+
+    def test_a_row_that_sees_only_the_last_keys(self, code: str) -> None:
+        s = np.full((16, COLUMNS), -np.inf)
+        s[:, -3:] = 1
+        _, found, _, _ = check(code, s, NEVER)
+        np.testing.assert_allclose(found, UNIT, rtol=1e-6)
+
+    def test_nan_stays_in_its_row(self, code: str) -> None:
+        s = np.random.default_rng(0).normal(0, 3, (16, COLUMNS))
+        s[3, 40] = np.nan
+        p, _, sums, _ = weigh(code, s, np.zeros(16, np.float32), np.ones((16, 4), np.float32))
+        assert np.isnan(sums[3]).any()
+        assert np.isnan(p[3, 40])
+        assert np.isfinite(np.delete(sums, 3, 0)).all()
+
+
+@pytest.mark.parametrize("code", KEEPING, ids=["1", "2", "4"])
+class TestKeeping:
     @pytest.mark.parametrize("column", [0, 17, 63])
-    def test_one_score_far_above_it_moves_the_warp_to_its_maximum(self, pieces: int, column: int) -> None:
+    def test_one_score_far_above_moves_the_warp_to_its_maximum(self, code: str, column: int) -> None:
         s = np.random.default_rng(0).normal(0, 1, (16, COLUMNS))
         s[5, column] = 300
-        p, found, _, shrunk = check(s, np.full(16, 2.0, np.float32), pieces)
+        p, found, _, shrunk = check(code, s, np.full(16, 2.0, np.float32))
         assert found[5] == np.float32(300) * np.float32(UNIT)
         assert shrunk[5] == 0
         assert p[5, column] == pytest.approx(1, abs=1e-4)
 
-    def test_maxima_that_grow_from_piece_to_piece(self, pieces: int) -> None:
+    def test_maxima_that_grow_from_piece_to_piece(self, code: str) -> None:
         s = np.repeat(np.linspace(0, 400, COLUMNS)[None], 16, 0)
-        p, found, _, _ = check(s, np.full(16, -3.0, np.float32), pieces)
+        p, found, _, _ = check(code, s, np.full(16, -3.0, np.float32))
         assert (p <= 1024).all()
         np.testing.assert_allclose(found, 400 * UNIT, rtol=1e-6)
 
-    def test_rows_that_have_seen_nothing_yet(self, pieces: int) -> None:
-        s = np.random.default_rng(0).normal(0, 3, (16, COLUMNS))
-        _, found, _, shrunk = check(s, np.full(16, -np.inf, np.float32), pieces)
-        assert np.isfinite(found).all()
-        np.testing.assert_array_equal(shrunk, 0)
 
-    def test_rows_that_see_nothing_here_either(self, pieces: int) -> None:
-        s = np.full((16, COLUMNS), -np.inf)
-        s[:8] = np.random.default_rng(0).normal(0, 3, (8, COLUMNS))
-        p, found, _, _ = check(s, np.full(16, -np.inf, np.float32), pieces)
-        assert np.isneginf(found[8:]).all()
-        assert (p[8:] == 0).all()
+class TestInPlace:
+    @pytest.mark.parametrize("above", [30, 100])
+    def test_bfloat16_keeps_large_weights(self, above: float) -> None:
+        s = np.random.default_rng(0).normal(0, 1, (16, COLUMNS))
+        s[5, 17] = above / UNIT
+        p, found, _, _ = check(BFLOAT16, s, np.full(16, 2.0, np.float32))
+        np.testing.assert_array_equal(found, 2)
+        assert p[5, 17] == pytest.approx(2.0 ** (above - 2), rel=1e-3)
 
-    def test_a_row_that_sees_only_the_last_keys(self, pieces: int) -> None:
-        s = np.full((16, COLUMNS), -np.inf)
-        s[:, -3:] = 1
-        _, found, _, _ = check(s, np.full(16, -np.inf, np.float32), pieces)
-        np.testing.assert_allclose(found, UNIT, rtol=1e-6)
+    @pytest.mark.parametrize("above", [14, 40, 126])
+    def test_float16_divides_them(self, above: float) -> None:
+        s = np.random.default_rng(0).normal(0, 1, (16, COLUMNS))
+        s[5, 17] = above / UNIT
+        m = np.zeros(16, np.float32)
+        m[0] = -np.inf
+        s[0] = -np.inf
+        p, found, _, _ = check(FLOAT16, s, m)
+        assert 0.99 < p[5].max() < 8
+        assert (np.delete(found, [0, 5]) < 4).all()
+        assert (p[0] == 0).all()
 
-    def test_nan_stays_in_its_row(self, pieces: int) -> None:
-        s = np.random.default_rng(0).normal(0, 3, (16, COLUMNS))
-        s[3, 40] = np.nan
-        p, _, sums, _ = weigh(s, np.zeros(16, np.float32), np.ones((16, 4), np.float32), pieces)
-        assert np.isnan(sums[3]).any()
-        assert np.isnan(p[3, 40])
-        assert np.isfinite(np.delete(sums, 3, 0)).all()
+    @pytest.mark.parametrize("code", [BFLOAT16, FLOAT16], ids=["bfloat16", "float16"])
+    def test_what_has_overflowed_shows_in_the_sum_for_good(self, code: str) -> None:
+        s = np.random.default_rng(0).normal(0, 1, (16, COLUMNS))
+        s[5, 17] = 200 / UNIT
+        _, m, l, _ = weigh(code, s, np.zeros(16, np.float32), np.ones((16, 4), np.float32))
+        assert np.isposinf(l[5].max())
+        s[5, 17] = 40 / UNIT
+        _, _, l, _ = weigh(code, s, m, l)
+        assert not np.isfinite(l[5].max())
+        assert np.isfinite(np.delete(l, 5, 0)).all()
+
+    @pytest.mark.parametrize("code", [BFLOAT16, FLOAT16], ids=["bfloat16", "float16"])
+    def test_a_search_finds_each_maximum(self, code: str) -> None:
+        s = np.random.default_rng(0).normal(0, 1, (16, COLUMNS))
+        s[5, 17] = 300
+        m = np.linspace(-5, 300, 16).astype(np.float32)
+        p, found, _, _ = check(code, s, m, search=1)
+        np.testing.assert_allclose(found, np.maximum(m, s.astype(np.float32).max(1) * np.float32(UNIT)), rtol=1e-6)
+        assert (p <= 1 + 1e-5).all()
 
 
 @pytest.mark.parametrize("moved", [False, True])
@@ -127,5 +178,5 @@ def test_shrink(moved: bool) -> None:
     if moved:
         by[9] = 0.25
     count = COLUMNS // 2
-    outputs = ptx.run(online_softmax._shrink_code.fn(count), count, [*threads(o), *by_row(by, count)])
+    outputs = ptx.run(weighing.shrinking.fn(count), count, [*threads(o), *by_row(by, count)])
     np.testing.assert_array_equal(tile_of(outputs), o * by[:, :1])

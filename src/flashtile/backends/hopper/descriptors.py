@@ -99,3 +99,11 @@ def store_rows(desc, tile, b, h, start, length, row, VARLEN: gl.constexpr, COLUM
         store(desc, [RAGGED, start + length, RAGGED - length + row, h, COLUMN], box)
     else:
         store(desc, [b, row, h, COLUMN], box)
+
+
+@gluon.jit
+def await_writes(number):
+    """Until what the caller's threads have stored by TMA lies in memory, not only has been read; number: any."""
+    gl.inline_asm_elementwise(
+        "cp.async.bulk.wait_group 0; mov.b32 $0, $1;", "=r,r", [number], dtype=gl.int32, is_pure=False, pack=1
+    )

@@ -19,10 +19,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from flashtile.backends.hopper.bias_tiles import axis, load_tile
-from flashtile.backends.hopper.descriptors import load_rows, store_rows, swizzled
+from flashtile.backends.hopper.descriptors import await_writes, load_rows, store_rows, swizzled
 from flashtile.backends.hopper.dialect import aggregate, barrier
 from flashtile.backends.hopper.lengths import Lengths
-from flashtile.backends.hopper.online_softmax import shrink, weigh, weigh_first
+from flashtile.backends.hopper.online_softmax import shrink, weigh, weigh_first, weigh_in_place
 from flashtile.backends.hopper.rings import Ring, barriers, ring
 from flashtile.backends.hopper.scores import MINUS_INFINITY, drop, load_bias, scores
 from flashtile.backends.hopper.tiles import accumulator, add_row_products, left_operand
@@ -81,7 +81,7 @@ class Pipes:
 
     @gluon.jit
     def place(self, work):
-        """(tile, sequence, head) of item `work`, once its queries are there; a tile below 0: there is none."""
+        """(tile, sequence, head, search) of item `work`, once its queries are there; a tile below 0: there is none."""
         self.queries.await_full(work)
         return self.places.read(work)
 
@@ -121,12 +121,15 @@ def _producer(q_desc, k_desc, v_desc, bias_desc, counter, pipes, shapes, change)
     """Loads the query tile of each item and its key and value tiles, last first.
 
     The next item's queries, which no other program has had brought into the cache, are asked for after the first two
-    key tiles: earlier they would wait for the last item, later the consumers would wait for them.
+    key tiles: earlier they would wait for the last item, later the consumers would wait for them. An item that has
+    failed is done again as soon as its slot is empty, and the one found meanwhile waits.
     """
     n = 0
     work = 0
     turn, tile, b, h, before = shapes.start()
-    _load_queries(q_desc, tile, b, h, work, pipes, shapes)
+    found, found_b, found_h = tile, b, h
+    search = gl.to_tensor(0)
+    _load_queries(q_desc, tile, b, h, search, work, pipes, shapes)
     while tile >= 0:
         row = tile * shapes.BLOCK_M
         _, q_len, _, k_len = shapes.lengths.of(b, False)
@@ -136,20 +139,39 @@ def _producer(q_desc, k_desc, v_desc, bias_desc, counter, pipes, shapes, change)
         if pipes.queries.STAGES == 1:
             _load_values(v_desc, b, h, first, n - 1, pipes, shapes)
         work += 1
-        turn, tile, b_next, h_next, before = shapes.next(turn, b, before, counter)
-        _load_queries(q_desc, tile, b_next, h_next, work, pipes, shapes)
+        if search == 0:
+            turn, found, found_b, found_h, before = shapes.next(turn, found_b, before, counter)
+        next_tile, next_b, next_h, search = _choose(found, found_b, found_h, work, pipes)
         if pipes.queries.STAGES == 2:
+            if next_tile >= 0:
+                _load_queries(q_desc, next_tile, next_b, next_h, search, work, pipes, shapes)
             n = _load_keys(k_desc, v_desc, bias_desc, row, b, h, stop, early, first, n, pipes, shapes, change)
             _load_values(v_desc, b, h, first, n - 1, pipes, shapes)
-        b = b_next
-        h = h_next
+            if next_tile < 0:  # only this item is left
+                next_tile, next_b, next_h, search = _choose(next_tile, next_b, next_h, work + 1, pipes)
+                _load_queries(q_desc, next_tile, next_b, next_h, search, work, pipes, shapes)
+        else:
+            _load_queries(q_desc, next_tile, next_b, next_h, search, work, pipes, shapes)
+        tile, b, h = next_tile, next_b, next_h
 
 
 @gluon.jit
-def _load_queries(q_desc, tile, b, h, work, pipes, shapes):
+def _choose(tile, b, h, work, pipes):
+    """(tile, sequence, head, search) of the next item: the given one, or again the last one in the slot of `work`."""
+    search = gl.to_tensor(0)
+    if pipes.PIECES == 0:
+        pipes.queries.await_empty(work)
+        search = pipes.places.failed(work)
+        if search != 0:
+            tile, b, h, search = pipes.places.read(work)
+    return tile, b, h, search
+
+
+@gluon.jit
+def _load_queries(q_desc, tile, b, h, search, work, pipes, shapes):
     """The query tile of item `work`, and where it lies; only the latter where tile says that there is none."""
     pipes.queries.await_empty(work)
-    pipes.places.write(work, tile, gl.where(tile >= 0, b, 0), h)
+    pipes.places.write(work, tile, gl.where(tile >= 0, b, 0), h, search)
     if tile >= 0:
         q_start, q_len, _, _ = shapes.lengths.of(b, False)
         full = pipes.queries.expect(work, pipes.GROUPS * pipes.PANELS * q_desc.block_type.nbytes)
@@ -197,7 +219,7 @@ def _load_values(v_desc, b, h, tile, n, pipes, shapes):
 
 
 @gluon.jit
-def _walk(o, l, m, p16, work, n, span, pipes, rows, change, MASKED: gl.constexpr):
+def _walk(o, l, m, p16, work, n, span, search, pipes, rows, change, MASKED: gl.constexpr):
     """The key tiles after an item's first: the products of tile n - 1 with V run under the exponentials of tile n.
 
     p16: the weights of tile n - 1, not yet multiplied, as the walk leaves those of its last tile.
@@ -218,7 +240,10 @@ def _walk(o, l, m, p16, work, n, span, pipes, rows, change, MASKED: gl.constexpr
         s = warpgroup_mma_wait(1, deps=(s,))
         pipes.keys.release(n)
         s, unit = scores(s, rows, change, key, bias, masked, MASKED)
-        p, m, l, alpha = weigh(s, unit, m, l, pipes.PIECES)
+        if pipes.PIECES == 0:
+            p, m, l, alpha = weigh_in_place(s, unit, m, l, search, p16.dtype)
+        else:
+            p, m, l, alpha = weigh(s, unit, m, l, pipes.PIECES)
         if change.DROPOUT:
             p = drop(p, rows, change, key)
         # ptxas moves this wait up to the last branch before it. That is in weigh, below the exponentials.
@@ -232,7 +257,7 @@ def _walk(o, l, m, p16, work, n, span, pipes, rows, change, MASKED: gl.constexpr
 
 
 @gluon.jit
-def _attend(work, n, span, pipes, rows, change, m, KIND: gl.constexpr):
+def _attend(work, n, span, search, pipes, rows, change, m, KIND: gl.constexpr):
     """(O, l, m and the weights of the last key tile, not yet multiplied; n) of one query tile; O is not yet divided."""
     key = (span[3] - 1) * pipes.BLOCK_N
     bias = load_bias(rows, change, key, pipes.BLOCK_N)
@@ -249,11 +274,13 @@ def _attend(work, n, span, pipes, rows, change, m, KIND: gl.constexpr):
     pipes.values.await_full(n)
     o = gl.zeros([64, pipes.DV], gl.float32, accumulator(pipes.DV))
     MASKED: gl.constexpr = KIND != "none" and (change.LEFT or not change.SINGLE)
-    return _walk(o, l, m, p16, work, n + 1, span, pipes, rows, change, MASKED)
+    return _walk(o, l, m, p16, work, n + 1, span, search, pipes, rows, change, MASKED)
 
 
 @gluon.jit
-def _item(o_desc, lse, work, n, b, h, first_row, span, q_len, pipes, shapes, change, state, WG: gl.constexpr):
+def _item(
+    o_desc, lse, work, n, b, h, search, first_row, span, q_len, pipes, shapes, change, state, WG: gl.constexpr
+):  # fmt: skip
     """The 64 rows number WG of one item, from S to the stores of O and lse; the number of the key tile after it."""
     S_ROWS: gl.constexpr = gl.SliceLayout(1, accumulator(shapes.BLOCK_N))
     q_start, _, _, k_len = shapes.lengths.of(b, False)
@@ -272,12 +299,14 @@ def _item(o_desc, lse, work, n, b, h, first_row, span, q_len, pipes, shapes, cha
     low, high, offset = state
     rows = Rows(mine, row, begin, end, q_len, k_len, b * shapes.heads + h, bias, slope, low, high, offset, WG)
     m = gl.full([64], 0.0, gl.float32, S_ROWS) + sink
-    o, l, m, p16, n = _attend(work, n, span, pipes, rows, change, m, shapes.KIND)
+    o, l, m, p16, n = _attend(work, n, span, search, pipes, rows, change, m, shapes.KIND)
     m = gl.convert_layout(gl.max(m, 1), S_ROWS)
+    total = gl.convert_layout(gl.sum(l, 1), S_ROWS)
+    if pipes.PIECES == 0:
+        pipes.places.leave(work, total, WG)
     if not pipes.SHARED:
         pipes.queries.release(work)
     running = pipes.issue_output(p16, n - 1, o)
-    total = gl.convert_layout(gl.sum(l, 1), S_ROWS)
     if change.SINKS:
         total += gl.exp2(sink - m)
     some = gl.where(total == 0.0, 1.0, total)
@@ -290,25 +319,34 @@ def _item(o_desc, lse, work, n, b, h, first_row, span, q_len, pipes, shapes, cha
     pipes.values.release(n - 1)
     if change.LEFT and pipes.STRIPS:
         n = pipes.skip(n, before)
-    o16 = (o * share[:, None]).to(p16.dtype)
+    if pipes.PIECES == 0:
+        if search != 0:
+            await_writes(b)  # of the same rows, done before without a search
+    _leave(o_desc, (o * share[:, None]).to(p16.dtype), work, b, h, q_start, q_len, mine, pipes, shapes, WG)
+    if pipes.SHARED:
+        tma.store_wait(0)
+        pipes.queries.release(work)
+    return n
+
+
+@gluon.jit
+def _leave(o_desc, o, work, b, h, q_start, q_len, row, pipes, shapes, WG: gl.constexpr):
+    """Starts the copy of 64 rows of O from row `row` on to their place."""
+    VARLEN: gl.constexpr = shapes.lengths.VARLEN
     if pipes.PANELS > 1:  # O is two of them wide
-        left, right = o16.reshape([64, 2, pipes.DV // 2]).permute([0, 2, 1]).split()
+        left, right = o.reshape([64, 2, pipes.DV // 2]).permute([0, 2, 1]).split()
         pipes.query(work, WG, 0).store(left)
         pipes.query(work, WG, 1).store(right)
         fence_async_shared()
         barrier()
         for i in gl.static_range(2):
-            store_rows(o_desc, pipes.query(work, WG, i), b, h, q_start, q_len, mine, shapes.lengths.VARLEN, 64 * i)
+            store_rows(o_desc, pipes.query(work, WG, i), b, h, q_start, q_len, row, VARLEN, 64 * i)
     else:
         own = pipes.query(work, WG, 0) if pipes.SHARED else pipes.outputs.index(WG)
-        own.store(o16)
+        own.store(o)
         fence_async_shared()
         barrier()
-        store_rows(o_desc, own, b, h, q_start, q_len, mine, shapes.lengths.VARLEN)
-    if pipes.SHARED:
-        tma.store_wait(0)
-        pipes.queries.release(work)
-    return n
+        store_rows(o_desc, own, b, h, q_start, q_len, row, VARLEN)
 
 
 @gluon.jit
@@ -317,21 +355,23 @@ def _consumer(o_desc, out, lse, stride_om, stride_oh, pipes, shapes, change, WG:
     state = random_state(change.rng, change.DROPOUT)
     n = 0
     work = 0
-    tile, b, h = pipes.place(work)
+    tile, b, h, search = pipes.place(work)
     while tile >= 0:
         _, q_len, _, k_len = shapes.lengths.of(b, False)
         first_row = tile * shapes.BLOCK_M
         span = shapes.walk(first_row, b, q_len, k_len, shapes.BLOCK_M)
         # Settled when the kernel is compiled. Where shared memory is short, registers are, too: no branch fits.
         if WG == 0 or pipes.SHARED:  # noqa: SIM114
-            n = _item(o_desc, lse, work, n, b, h, first_row, span, q_len, pipes, shapes, change, state, WG)
+            n = _item(o_desc, lse, work, n, b, h, search, first_row, span, q_len, pipes, shapes, change, state, WG)
         elif first_row + 64 * WG < q_len:
-            n = _item(o_desc, lse, work, n, b, h, first_row, span, q_len, pipes, shapes, change, state, WG)
+            n = _item(o_desc, lse, work, n, b, h, search, first_row, span, q_len, pipes, shapes, change, state, WG)
         else:
             n = pipes.skip(n, span[3] - span[0])
+            if pipes.PIECES == 0:
+                pipes.places.leave(work, gl.zeros([64], gl.float32, gl.SliceLayout(1, accumulator(64))), WG)
             pipes.queries.release(work)
         work += 1
-        tile, b, h = pipes.place(work)
+        tile, b, h, search = pipes.place(work)
     tma.store_wait(0)
     if shapes.lengths.VARLEN and WG == 0:
         for b in range(-1 - tile, shapes.batch, gl.num_programs(0)):
@@ -395,7 +435,7 @@ def forward_kernel(
     if BIAS_TILES:
         biases = gl.allocate_shared_memory(dtype, [STAGES * GROUPS, 64, BLOCK_N], swizzled(2, BLOCK_N))
     pipes = Pipes(
-        queries, places(QUERY_STAGES), keys, values, biases, outputs, GROUPS, BLOCK_N, DIM, DV, SHARED, PIECES,
+        queries, places(QUERY_STAGES, GROUPS), keys, values, biases, outputs, GROUPS, BLOCK_N, DIM, DV, SHARED, PIECES,
         STRIPS, BIAS_TILES, PANELS,
     )  # fmt: skip
     fence_async_shared()

@@ -5,6 +5,7 @@ from triton.experimental.gluon import language as gl
 
 from flashtile.backends.hopper.dialect import aggregate, barrier
 from flashtile.backends.hopper.lengths import Lengths
+from flashtile.backends.hopper.online_softmax import overflowed
 from flashtile.backends.hopper.words import Words, words
 from flashtile.gpu.intervals import interval, split
 from flashtile.gpu.scores import LOG2E
@@ -189,31 +190,58 @@ class Shapes:
 
 @aggregate
 class Places:
-    """Where the query tiles of a ring lie, in shared memory beside them: tile (below 0: no more), sequence and head."""
+    """Where the query tiles of a ring lie, in shared memory beside them: tile (below 0: no more), sequence and head,
+    whether each maximum is to be searched for; and the rows' sums of weights, which tell whether it must be.
+    """
 
     words: Words
+    totals: gl.shared_memory_descriptor
     STAGES: gl.constexpr
+    GROUPS: gl.constexpr
 
     @gluon.jit
-    def write(self, work, tile, b, h):
+    def write(self, work, tile, b, h, search):
         """The producer's, before it announces the slot's bytes."""
-        at = work % self.STAGES * 3
+        at = work % self.STAGES * 4
         self.words.write(at, tile, 4)
         self.words.write(at + 1, b, 4)
         self.words.write(at + 2, h, 4)
+        self.words.write(at + 3, search, 4)
         barrier()
 
     @gluon.jit
     def read(self, work):
-        """A consumer's, once the slot is full: (tile, sequence, head)."""
-        at = work % self.STAGES * 3
-        return self.words.read(at), self.words.read(at + 1), self.words.read(at + 2)
+        """Once the slot is full, or of the item before: (tile, sequence, head, search)."""
+        at = work % self.STAGES * 4
+        return self.words.read(at), self.words.read(at + 1), self.words.read(at + 2), self.words.read(at + 3)
+
+    @gluon.jit
+    def leave(self, work, total, WG: gl.constexpr):
+        """A consumer's, before it releases the slot: the sums [64] of its rows."""
+        self.totals.index(work % self.STAGES * self.GROUPS + WG).store(total)
+
+    @gluon.jit
+    def failed(self, work):
+        """The producer's, once the slot is empty: not 0 where its last item must be done again. It says so once."""
+        WARP: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])
+        at = work % self.STAGES * 4 + 3
+        bad = gl.full([64], 0, gl.int32, WARP)
+        for w in gl.static_range(self.GROUPS):
+            total = self.totals.index(work % self.STAGES * self.GROUPS + w).load(WARP)
+            bad = gl.maximum(bad, overflowed(total))
+        some = (work >= self.STAGES) & (self.words.read(at) == 0) & (gl.max(bad, 0) != 0)
+        if some:
+            barrier()
+            self.words.write(at, 1, 4)
+            barrier()
+        return some.to(gl.int32)
 
 
 @gluon.jit
-def places(STAGES: gl.constexpr):
-    """Memory for STAGES of them."""
-    return Places(words(3 * STAGES), STAGES)
+def places(STAGES: gl.constexpr, GROUPS: gl.constexpr):
+    """Memory for STAGES of them, of GROUPS consumers."""
+    totals = gl.allocate_shared_memory(gl.float32, [STAGES * GROUPS, 64], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    return Places(words(4 * STAGES), totals, STAGES, GROUPS)
 
 
 @aggregate

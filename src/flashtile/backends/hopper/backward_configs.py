@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
+
 from flashtile.backends.hopper import configs
 from flashtile.problem import Problem
 
@@ -73,6 +75,18 @@ def widths(problem: Problem) -> tuple[int, int]:
     return max(dim, least), max(v_dim, least)
 
 
+def split(problem: Problem) -> bool:
+    """True where dV has a launch of its own (backward_split.py)."""
+    wide = 128 < problem.qk_dim <= 192 and 64 < problem.v_dim <= 128
+    plain = problem.softcap == 0 and not problem.alibi and problem.bias is None and problem.dtype == torch.bfloat16
+    return wide and plain
+
+
+def parts(problem: Problem) -> tuple[str, ...]:
+    """What the launches of the main kernel make."""
+    return ("keys", "values") if split(problem) else ("both",)
+
+
 def accumulator_columns(problem: Problem) -> int:
     """Columns of the [64, C] parts in which dQ leaves and is accumulated: beside wide tiles no two of 64 fit."""
     dim, _ = widths(problem)
@@ -92,8 +106,10 @@ def _rotates(problem: Problem) -> bool:
     return one_width and (problem.varlen or not configs.unmasked(problem))
 
 
-def pick(problem: Problem, bias_tiles: bool = False) -> Config:
+def pick(problem: Problem, bias_tiles: bool = False, part: str = "") -> Config:
     """Tiles and roles of the backward kernel. bias_tiles: a bias comes by TMA."""
+    if split(problem):
+        return Config(64, 2, 3 if part == "values" else 2, 2, (208, 72, 24))
     dim = max(problem.qk_dim, problem.v_dim)
     for row in BACKWARD:
         if dim <= row.max_dim and row.bias_tiles >= bias_tiles and (not row.config.rotates or _rotates(problem)):

@@ -19,6 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from flashtile.backends.hopper.backward_split import consume_for_keys, consume_for_values, idle
 from flashtile.backends.hopper.backward_step import BiasGradient, keys_of, walk
 from flashtile.backends.hopper.backward_wide import consume_keys, consume_values
 from flashtile.backends.hopper.backward_work import KEYS, RECORD, Items, Mask, Pipes, Scoring, steps_of, whole
@@ -63,10 +64,11 @@ class Sources:
         h = place.head(g)
         row = i * BLOCK_M
         BIAS_BYTES: gl.constexpr = pipes.GROUPS * self.bias.block_type.nbytes if pipes.BIAS_TILES else 0
-        QUERY_BYTES: gl.constexpr = self.q.block_type.nbytes + self.rows.block_type.nbytes
+        QUERY_BYTES: gl.constexpr = pipes.PANELS * self.q.block_type.nbytes + self.rows.block_type.nbytes
         full = pipes.queries.claim(n, QUERY_BYTES + BIAS_BYTES)
-        slot = pipes.queries.slot(n)
-        load_rows(self.q, full, slot, place.b, h, place.q_start, place.q_len, row, place.VARLEN)
+        for panel in gl.static_range(pipes.PANELS):
+            slot = pipes.query_panel(n, panel)
+            load_rows(self.q, full, slot, place.b, h, place.q_start, place.q_len, row, place.VARLEN, 64 * panel)
         pair = pipes.rows.index(n % pipes.queries.STAGES)
         load(self.rows, [0, (place.block(g) + i) * BLOCK_M], full, pair)
         if pipes.BIAS_TILES:
@@ -85,27 +87,30 @@ class Sources:
         keys, values = pipes.of_keys(turn), pipes.of_values(turn)
         if last > first:
             if pipes.ROTATES:
-                _load_keys(self.k, pipes.keys, place, keys)
+                _load_keys(self.k, pipes.keys, place, keys, pipes.PANELS)
             self.load_step(pipes, place, spans, 0, n)
             if not pipes.ROTATES:
-                _load_keys(self.k, pipes.keys, place, keys)
-            _load_keys(self.v, pipes.values, place, values)
+                _load_keys(self.k, pipes.keys, place, keys, pipes.PANELS)
+            if pipes.PART != "values":
+                _load_keys(self.v, pipes.values, place, values, 1)
         else:  # keys that nobody sees
             pipes.keys.await_empty(keys)
             pipes.keys.announce(keys)
-            pipes.values.await_empty(values)
-            pipes.values.announce(values)
+            if pipes.PART != "values":
+                pipes.values.await_empty(values)
+                pipes.values.announce(values)
 
 
 @gluon.jit
-def _load_keys(desc, ring, place, number):
+def _load_keys(desc, ring, place, number, PANELS: gl.constexpr):
     """Starts the copy of an item's keys (or values), one tile for each consumer."""
     GROUPS: gl.constexpr = place.BLOCK_N // KEYS
-    full = ring.claim(number, GROUPS * desc.block_type.nbytes)
+    full = ring.claim(number, GROUPS * PANELS * desc.block_type.nbytes)
     for w in gl.static_range(GROUPS):
         key = place.first_key + KEYS * w
-        tile = ring.buffers.index(number % ring.STAGES * GROUPS + w)
-        load_rows(desc, full, tile, place.b, place.kv_h, place.k_start, place.k_len, key, place.VARLEN)
+        for i in gl.static_range(PANELS):
+            tile = ring.buffers.index((number % ring.STAGES * GROUPS + w) * PANELS + i)
+            load_rows(desc, full, tile, place.b, place.kv_h, place.k_start, place.k_len, key, place.VARLEN, 64 * i)
 
 
 @gluon.jit
@@ -185,7 +190,10 @@ def _add(dq_desc, block, n, turn, pipes, FROM: gl.constexpr, TO: gl.constexpr, S
         running = gl.zeros([64, C], gl.float32, accumulator(C))
         for w in gl.static_range(FROM, TO):
             ds = pipes.scores_of(n, w).slice(part // COLUMNS * 64, 64, dim=1)
-            k = pipes.key_tile(turn, w).slice(part % COLUMNS * C, C, dim=1)
+            if pipes.PANELS > 1:
+                k = pipes.key_panel(turn, w, part % COLUMNS)
+            else:
+                k = pipes.key_tile(turn, w).slice(part % COLUMNS * C, C, dim=1)
             running = warpgroup_mma(ds.permute((1, 0)), k, running, use_acc=w > FROM, is_async=True)
         tma.store_wait(pipes.SLOTS - 1 + (SENT if part == 0 else 0))
         dq = warpgroup_mma_wait(0, deps=(running,))
@@ -379,14 +387,15 @@ def backward_kernel(
     KIND: gl.constexpr, LEFT: gl.constexpr, RAGGED: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr,
     BIAS: gl.constexpr, BIAS_ALIGN: gl.constexpr, BIAS_STEP: gl.constexpr, BIAS_TILES: gl.constexpr,
     DROPOUT: gl.constexpr, ORDERED: gl.constexpr, DBIAS: gl.constexpr, DETERMINISTIC: gl.constexpr,
-    PRODUCTS: gl.constexpr, ROTATES: gl.constexpr,
+    PRODUCTS: gl.constexpr, ROTATES: gl.constexpr, PANELS: gl.constexpr, PART: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
-    D: gl.constexpr = k_desc.block_type.shape[-1]
+    PANEL: gl.constexpr = k_desc.block_type.shape[-1]
+    D: gl.constexpr = PANEL if PANELS == 1 else 256
     DV: gl.constexpr = v_desc.block_type.shape[-1]
     lengths = Lengths(cu_q, cu_k, mailbox, max_q, max_k, total_q, total_k, VARLEN)
     items = Items(
-        counters, words(2 * RECORD), barriers(2, 1), lengths, rows, heads, group, padded, scratch, tiles, programs,
+        counters + (1 if PART == "values" else 0), words(2 * RECORD), barriers(2, 1), lengths, rows, heads, group, padded, scratch, tiles, programs,
         section, DETERMINISTIC, BLOCK_M, GROUPS, PRODUCTS,
     )  # fmt: skip
     mask = Mask(first_rows, end_rows, stride_tb, left, right, KIND, LEFT, RAGGED)
@@ -403,27 +412,31 @@ def backward_kernel(
         keys = Ring(tiles_of_both, barriers(3, 1), barriers(3, GROUPS), 3)
         values = keys
     else:
-        k_tiles = gl.allocate_shared_memory(dtype, [GROUPS, KEYS, D], swizzled(2, D))
+        k_tiles = gl.allocate_shared_memory(dtype, [GROUPS * PANELS, KEYS, PANEL], swizzled(2, PANEL))
         keys = Ring(k_tiles, barriers(1, 1), barriers(1, GROUPS), 1)
         v_tiles = gl.allocate_shared_memory(dtype, [GROUPS, KEYS, DV], swizzled(2, DV))
         values = Ring(v_tiles, barriers(1, 1), barriers(1, GROUPS), 1)
-    q_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, D], swizzled(2, D))
+    q_tiles = gl.allocate_shared_memory(dtype, [STAGES * PANELS, BLOCK_M, PANEL], swizzled(2, PANEL))
     do_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, DV], swizzled(2, DV))
-    ds_tiles = gl.allocate_shared_memory(dtype, [GROUPS, 2 * BLOCK_M, KEYS], swizzled(2, KEYS))
+    ds_tiles = do_tiles
+    if PART != "values":
+        ds_tiles = gl.allocate_shared_memory(dtype, [GROUPS, 2 * BLOCK_M, KEYS], swizzled(2, KEYS))
     biases = ds_tiles
     if BIAS_TILES:
         biases = gl.allocate_shared_memory(dtype, [STAGES * GROUPS, BLOCK_M, KEYS], swizzled(2, KEYS))
     row_tiles = gl.allocate_shared_memory(gl.float32, [STAGES, 2, BLOCK_M], rows_desc.layout)
-    exits = gl.allocate_shared_memory(gl.float32, [SLOTS, dq_desc.block_type.shape[0], 256], dq_desc.layout)
+    exits = row_tiles
+    if PART != "values":
+        exits = gl.allocate_shared_memory(gl.float32, [SLOTS, dq_desc.block_type.shape[0], 256], dq_desc.layout)
     empty = barriers(STAGES, 2 if GROUPS == 1 else GROUPS)
     read = barriers(2, 1)
     pipes = Pipes(
         keys, values, barriers(2, 1), Ring(q_tiles, barriers(STAGES, 1), empty, STAGES), row_tiles,
         Ring(do_tiles, barriers(STAGES, 1), empty, STAGES), biases, Ring(ds_tiles, barriers(2, GROUPS), read, 2), exits,
-        GROUPS, BLOCK_M, D, DV, DIM, DIM_V, SLOTS, GROUPED, BIAS_TILES, ROTATES,
+        GROUPS, BLOCK_M, D, DV, DIM, DIM_V, SLOTS, GROUPED, BIAS_TILES, ROTATES, PANELS, PART,
     )  # fmt: skip
     # Passing on takes a good part of a step. Under a left bound a tile may end within a pair that the next one skips.
-    turns = Turns(counters + 1, DETERMINISTIC, 1 if LEFT else 2)
+    turns = Turns(counters + 2, DETERMINISTIC, 1 if LEFT else 2)
     if GROUPS == 1:
         weights = Ring(ds_tiles, barriers(2, 1), read, 2)  # P, until dS takes its place
     fence_async_shared()
@@ -436,6 +449,28 @@ def backward_kernel(
                 (_reduce, (dq_desc, turns, sources, pipes, items, mask, bias_gradient, False)),
                 (consume_values, (dv_desc, pipes, weights, items, mask, scoring)),
                 (consume_keys, (dk_desc, pipes, weights, items, mask, scoring, bias_gradient)),
+                (_load, (sources, pipes, items, mask)),
+            ],
+            [4, 4, 1],
+            [CONSUME_REGISTERS, CONSUME_REGISTERS, LOAD_REGISTERS],
+        )
+    elif PART == "values":
+        gl.warp_specialize(
+            [
+                (idle, ()),
+                (consume_for_values, (dv_desc, pipes, items, mask, scoring, 0)),
+                (consume_for_values, (dv_desc, pipes, items, mask, scoring, 1)),
+                (_load, (sources, pipes, items, mask)),
+            ],
+            [4, 4, 1],
+            [CONSUME_REGISTERS, CONSUME_REGISTERS, LOAD_REGISTERS],
+        )
+    elif PART == "keys":
+        gl.warp_specialize(
+            [
+                (_reduce, (dq_desc, turns, sources, pipes, items, mask, bias_gradient, False)),
+                (consume_for_keys, (dk_desc, pipes, items, mask, scoring, 0)),
+                (consume_for_keys, (dk_desc, pipes, items, mask, scoring, 1)),
                 (_load, (sources, pipes, items, mask)),
             ],
             [4, 4, 1],

@@ -72,7 +72,8 @@ def backward(
     stride_tb = first_rows.stride(0) if problem.table and first_rows.shape[0] > 1 else 0
     ways = ("tile" if each else kind, stride_tb, matrices[0] is not None, matrices[1] is not None)
     tensors = (first_rows, end_rows, dbias_or_rows, counters, rows)
-    launches.run(backward_kernel, boxed, tensors, lambda: prepare(problem, call, boxed, ways))
+    for part in backward_configs.parts(problem):
+        launches.run(backward_kernel, boxed, tensors, partial(prepare, problem, call, boxed, ways, part), part)
 
     backward_epilogue.run(launches, problem, call, (accumulated, dq, dk, dv))
     if not launches.fit:
@@ -92,7 +93,7 @@ def _scratch(problem: Problem, lse: Tensor) -> tuple[Tensor, Tensor, Tensor, Ten
     number, columns = _scratch_rows(problem)
     rows = lse.new_empty(3, number)
     accumulated = lse.new_empty(number * columns // 256, 256)
-    counters = lse.new_empty(1 + (number // 64 if problem.deterministic else 0), dtype=torch.int32)
+    counters = lse.new_empty(2 + (number // 64 if problem.deterministic else 0), dtype=torch.int32)
     sums = rows
     if problem.sinks:
         sums = lse.new_empty(problem.batch, problem.q_heads, backward_prologue.tiles(problem))
@@ -141,14 +142,16 @@ def bias_boxes(problem: Problem, call: Call, dbias: Tensor | None) -> tuple[Tens
     return bias, bias_tiles.addressable(dbias, problem)
 
 
-def prepare(problem: Problem, call: Call, boxed: tuple[Tensor, ...], variant: tuple[Any, ...]) -> launch.Plan:
+def prepare(
+    problem: Problem, call: Call, boxed: tuple[Tensor, ...], variant: tuple[Any, ...], part: str = "both"
+) -> launch.Plan:
     """The launch of the main kernel.
 
     boxed: q, k, v, dout, rows, dq's accumulator, dk, dv, the bias and dbias; variant: the kind of dbias, the stride of
     a transposed mask's table over the batch, and whether the bias comes and whether dbias goes by TMA.
     """
     kind, stride_tb, tiles_in, tiles_out = variant
-    config = backward_configs.pick(problem, tiles_in)
+    config = backward_configs.pick(problem, tiles_in, part)
     tiles = max(1, triton.cdiv(problem.k_len, config.block_n))
     programs = problem.batch * problem.kv_heads
     biases, _ = arguments.bias_strides(problem, {"b": call.bias})
@@ -178,13 +181,15 @@ def prepare(problem: Problem, call: Call, boxed: tuple[Tensor, ...], variant: tu
         "ORDERED": problem.window_right is not None and problem.window_right <= 0,
         "DETERMINISTIC": problem.deterministic,
         "ROTATES": config.rotates,
+        "PANELS": 1 if part == "both" else 3,
+        "PART": part,
         "PRODUCTS": backward_prologue.products(problem),
         "DBIAS": "boxes" if tiles_out else "none" if kind == "row" else kind,
         "stride_tb": stride_tb,
     }
     options = {"num_warps": 4, "enable_fp_fusion": True}
     at_once = min(tiles * programs, launch.multiprocessors(boxed[0].device))
-    return launch.Plan(at_once, values, options, partial(_describe, problem, config, tiles_in, tiles_out))
+    return launch.Plan(at_once, values, options, partial(_describe, problem, config, tiles_in, tiles_out, part))
 
 
 def _section(problem: Problem, tiles: int) -> int:
@@ -218,10 +223,16 @@ def _bias_gradient_strides(problem: Problem, kind: str) -> tuple[int, int]:
 
 
 def _describe(
-    problem: Problem, config: backward_configs.Config, tiles_in: bool, tiles_out: bool, boxed: tuple[Tensor, ...]
+    problem: Problem,
+    config: backward_configs.Config,
+    tiles_in: bool,
+    tiles_out: bool,
+    part: str,
+    boxed: tuple[Tensor, ...],
 ) -> tuple[TensorDescriptor, ...]:
     q, k, v, dout, rows, accumulated, dk, dv, bias, dbias = boxed
     dim, v_dim = backward_configs.widths(problem)
+    dim = dim if part == "both" else 64
     plain = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
     queries = descriptors.rows(q, config.block_m, dim, problem.varlen)
     return (

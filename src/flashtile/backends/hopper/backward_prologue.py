@@ -45,6 +45,7 @@ def prologue_kernel(
     first_row = tile * ROWS
     if tl.program_id(0) == 0:
         tl.store(counters, 0)
+        tl.store(counters + 1, 0)
     if SINKS:
         tl.store(dsinks + bh * tiles + tile, 0.0)
     if first_row >= (q_len + 127) // 128 * 128:
@@ -75,7 +76,7 @@ def prologue_kernel(
         tl.store(rows + 2 * scratch + scratch_at // ROWS, longest)
         tl.store(rows + 2 * scratch + (scratch + scratch_at) // ROWS, tl.max(tl.abs(kept_delta), 0))
     if BLOCKS:
-        tl.store(counters + 1 + scratch_at // ROWS, 0)
+        tl.store(counters + 2 + scratch_at // ROWS, 0)
     weight = tl.zeros([ROWS], tl.float32)
     if SINKS:
         weight = tl.exp2(tl.load(sinks + h).to(tl.float32) * LOG2E - lse_row)

@@ -362,6 +362,18 @@ class Pipes:
     GROUPED: gl.constexpr
     BIAS_TILES: gl.constexpr
     ROTATES: gl.constexpr
+    PANELS: gl.constexpr
+    PART: gl.constexpr
+
+    @gluon.jit
+    def key_panel(self, turn, w, i: gl.constexpr):
+        """Panel i of the 64 keys of consumer w."""
+        return self.keys.buffers.index((self.of_keys(turn) % self.keys.STAGES * self.GROUPS + w) * self.PANELS + i)
+
+    @gluon.jit
+    def query_panel(self, n, i: gl.constexpr):
+        """Panel i of the query rows of step n."""
+        return self.queries.buffers.index(n % self.queries.STAGES * self.PANELS + i)
 
     @gluon.jit
     def of_keys(self, turn):

@@ -81,5 +81,9 @@ def _launch(name: str, problem: Problem) -> _Launch:
     table = q if call.lo is None else call.lo.new_empty(call.lo.shape[0], problem.k_len)
     stride_tb = table.stride(0) if problem.table and table.shape[0] > 1 else 0
     variant = ("tile" if each else kind, stride_tb, bias is not None, boxes is not None)
-    plan = backward_pass.prepare(problem, call, boxed, variant)
+    import os
+
+    plan = backward_pass.prepare(
+        problem, call, boxed, variant, os.environ.get("PART", backward_configs.parts(problem)[0])
+    )
     return _Launch(backward_kernel, boxed, (table, table, dbias, counters, rows, *extras), plan)

@@ -102,15 +102,21 @@ class Launches:
         self._stream = torch._C._cuda_getCurrentRawStream(device)
 
     def run(
-        self, kernel: Any, boxed: tuple[Tensor, ...], tensors: tuple[Tensor, ...], prepare: Callable[[], Plan]
+        self,
+        kernel: Any,
+        boxed: tuple[Tensor, ...],
+        tensors: tuple[Tensor, ...],
+        prepare: Callable[[], Plan],
+        part: str = "",
     ) -> None:
         """Launches `kernel` on descriptors of `boxed`, on `tensors` and on the call's extras.
 
         prepare: makes the plan for a call of a new kind.
         """
-        ready = self._ready.get(id(kernel))
+        name = (id(kernel), part)
+        ready = self._ready.get(name)
         if ready is None:
-            self._ready[id(kernel)] = _launch_first(kernel, prepare(), boxed, (*tensors, *arguments.extras(self._call)))
+            self._ready[name] = _launch_first(kernel, prepare(), boxed, (*tensors, *arguments.extras(self._call)))
             return
         places = (*[tensor.data_ptr() for tensor in boxed],)
         expanded = ready.expanded.get(places)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import os
+
 import torch
 
 from flashtile.backends.hopper import configs
@@ -109,6 +111,8 @@ def _rotates(problem: Problem) -> bool:
 def pick(problem: Problem, bias_tiles: bool = False, part: str = "") -> Config:
     """Tiles and roles of the backward kernel. bias_tiles: a bias comes by TMA."""
     if split(problem):
+        if part == "values" and os.environ.get("SPLITV") == "3":
+            return Config(64, 3, 2, 2, (144, 80, 0))
         return Config(64, 2, 3 if part == "values" else 2, 2, (208, 72, 24))
     dim = max(problem.qk_dim, problem.v_dim)
     for row in BACKWARD:

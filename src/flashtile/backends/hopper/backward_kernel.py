@@ -114,11 +114,11 @@ def _load_keys(desc, ring, place, number, PANELS: gl.constexpr):
 
 
 @gluon.jit
-def _load(sources, pipes, items, mask):
+def _load(sources, pipes, items, mask, WARPS: gl.constexpr):
     """Takes the program's items, and loads whatever the others need."""
     n = 0
     turn = 0
-    place, spans = items.take(turn, mask, 1)
+    place, spans = items.take(turn, mask, WARPS)
     while place.tile >= 0:
         sources.load_first(pipes, place, spans, turn, n)
         steps = steps_of(place, spans)
@@ -127,7 +127,7 @@ def _load(sources, pipes, items, mask):
         n += steps
         turn += 1
         # Only now: an item that waits for its program may be what all others wait for in the end.
-        place, spans = items.take(turn, mask, 1)
+        place, spans = items.take(turn, mask, WARPS)
 
 
 @aggregate
@@ -449,10 +449,21 @@ def backward_kernel(
                 (_reduce, (dq_desc, turns, sources, pipes, items, mask, bias_gradient, False)),
                 (consume_values, (dv_desc, pipes, weights, items, mask, scoring)),
                 (consume_keys, (dk_desc, pipes, weights, items, mask, scoring, bias_gradient)),
-                (_load, (sources, pipes, items, mask)),
+                (_load, (sources, pipes, items, mask, 1)),
             ],
             [4, 4, 1],
             [CONSUME_REGISTERS, CONSUME_REGISTERS, LOAD_REGISTERS],
+        )
+    elif PART == "values" and GROUPS == 3:
+        gl.warp_specialize(
+            [
+                (_load, (sources, pipes, items, mask, 4)),
+                (consume_for_values, (dv_desc, pipes, items, mask, scoring, 0)),
+                (consume_for_values, (dv_desc, pipes, items, mask, scoring, 1)),
+                (consume_for_values, (dv_desc, pipes, items, mask, scoring, 2)),
+            ],
+            [4, 4, 4],
+            [CONSUME_REGISTERS, CONSUME_REGISTERS, CONSUME_REGISTERS],
         )
     elif PART == "values":
         gl.warp_specialize(
@@ -460,7 +471,7 @@ def backward_kernel(
                 (idle, ()),
                 (consume_for_values, (dv_desc, pipes, items, mask, scoring, 0)),
                 (consume_for_values, (dv_desc, pipes, items, mask, scoring, 1)),
-                (_load, (sources, pipes, items, mask)),
+                (_load, (sources, pipes, items, mask, 1)),
             ],
             [4, 4, 1],
             [CONSUME_REGISTERS, CONSUME_REGISTERS, LOAD_REGISTERS],
@@ -471,7 +482,7 @@ def backward_kernel(
                 (_reduce, (dq_desc, turns, sources, pipes, items, mask, bias_gradient, False)),
                 (consume_for_keys, (dk_desc, pipes, items, mask, scoring, 0)),
                 (consume_for_keys, (dk_desc, pipes, items, mask, scoring, 1)),
-                (_load, (sources, pipes, items, mask)),
+                (_load, (sources, pipes, items, mask, 1)),
             ],
             [4, 4, 1],
             [CONSUME_REGISTERS, CONSUME_REGISTERS, LOAD_REGISTERS],
@@ -482,7 +493,7 @@ def backward_kernel(
                 (_reduce, (dq_desc, turns, sources, pipes, items, mask, bias_gradient, False)),
                 (_consume, (dk_desc, dv_desc, pipes, items, mask, scoring, bias_gradient, 0)),
                 (_consume, (dk_desc, dv_desc, pipes, items, mask, scoring, bias_gradient, 1)),
-                (_load, (sources, pipes, items, mask)),
+                (_load, (sources, pipes, items, mask, 1)),
             ],
             [4, 4, 1],
             [CONSUME_REGISTERS, CONSUME_REGISTERS, LOAD_REGISTERS],

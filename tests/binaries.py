@@ -156,7 +156,7 @@ def main_hopper(mode: str, few: str) -> None:
     from flashtile.backends.hopper import compile as binaries
 
     for problem in hopper_problems(few == "few"):
-        for name in binaries.KERNELS:
+        for name in binaries.kernels(problem):
             if (name == "forward") == (mode == "forward"):
                 report(name, problem, describe_hopper(binaries.compiled(name, problem)))
 

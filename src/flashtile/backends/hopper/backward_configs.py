@@ -5,10 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import os
-
-import torch
-
 from flashtile.backends.hopper import configs
 from flashtile.problem import Problem
 
@@ -70,6 +66,10 @@ BACKWARD = (
 )
 
 
+# Keys of 129 to 192 columns in panels of 64, values of 65 to 128.
+SPLIT = {"keys": Config(64, 2, 2, 2, (208, 72, 24)), "values": Config(64, 2, 3, 2, (208, 72, 24))}
+
+
 def widths(problem: Problem) -> tuple[int, int]:
     """Columns of the tiles of q and k, and of v: where one of them is above 128, both gradients come in halves."""
     dim, v_dim = configs.width(problem.qk_dim), configs.width(problem.v_dim)
@@ -80,8 +80,7 @@ def widths(problem: Problem) -> tuple[int, int]:
 def split(problem: Problem) -> bool:
     """True where dV has a launch of its own (backward_split.py)."""
     wide = 128 < problem.qk_dim <= 192 and 64 < problem.v_dim <= 128
-    plain = problem.softcap == 0 and not problem.alibi and problem.bias is None and problem.dtype == torch.bfloat16
-    return wide and plain
+    return wide and problem.softcap == 0 and problem.bias is None
 
 
 def parts(problem: Problem) -> tuple[str, ...]:
@@ -111,9 +110,7 @@ def _rotates(problem: Problem) -> bool:
 def pick(problem: Problem, bias_tiles: bool = False, part: str = "") -> Config:
     """Tiles and roles of the backward kernel. bias_tiles: a bias comes by TMA."""
     if split(problem):
-        if part == "values" and os.environ.get("SPLITV") == "3":
-            return Config(64, 3, 2, 2, (144, 80, 0))
-        return Config(64, 2, 3 if part == "values" else 2, 2, (208, 72, 24))
+        return SPLIT.get(part, SPLIT["keys"])
     dim = max(problem.qk_dim, problem.v_dim)
     for row in BACKWARD:
         if dim <= row.max_dim and row.bias_tiles >= bias_tiles and (not row.config.rotates or _rotates(problem)):

@@ -23,7 +23,7 @@ from flashtile.backends.hopper.tiles import accumulator, add_row_products, left_
 
 @gluon.jit
 def _weights(n, m, pipes, keys, mask, scoring, WG: gl.constexpr, MASKED: gl.constexpr):
-    """(P^T of the query rows from m in 16 bits, negative where dropout drops it; tanh of the softcap)."""
+    """P^T of the query rows from m in 16 bits, negative where dropout drops it."""
     wg = WG + pipes.nil(n)
     pipes.queries.await_full(n)
     running = gl.zeros([KEYS, pipes.BLOCK_M], gl.float32, accumulator(pipes.BLOCK_M))
@@ -33,11 +33,11 @@ def _weights(n, m, pipes, keys, mask, scoring, WG: gl.constexpr, MASKED: gl.cons
     bits = kept_bits(m, keys, scoring)
     s = warpgroup_mma_wait(0, deps=(running,))
     lse = pipes.of_rows(n, 0, accumulator(pipes.BLOCK_M))
-    x, capped = exponents(s, lse, 0.0, m, keys, mask, scoring, MASKED)
+    x, _ = exponents(s, lse, 0.0, m, keys, mask, scoring, MASKED)
     p = gl.exp2(x)
     if scoring.DROPOUT:
         p = gl.where(kept(bits, keys), p, -p)
-    return p.to(pipes.keys.buffers.dtype), capped
+    return p.to(pipes.keys.buffers.dtype)
 
 
 @gluon.jit
@@ -102,7 +102,7 @@ def _pass_by(n, count, pipes):
 
 @gluon.jit
 def _step_for_values(dv, n, m, pipes, keys, mask, scoring, WG: gl.constexpr, MASKED: gl.constexpr):
-    p, _ = _weights(n, m, pipes, keys, mask, scoring, WG, MASKED)
+    p = _weights(n, m, pipes, keys, mask, scoring, WG, MASKED)
     if scoring.DROPOUT:
         p = positive(p)
     do = pipes.douts.wait(n)
@@ -125,9 +125,20 @@ def consume_for_keys(dk_desc, pipes, items, mask, scoring, WG: gl.constexpr):
         pipes.keys.await_full(turn)
         pipes.values.await_full(turn)
         NARROW: gl.constexpr = items.PRODUCTS == "narrow"
+        narrow = items.narrow(turn, pipes.value_tile(turn, WG))
         for g in range(place.group if pipes.GROUPED else 1):
             keys = keys_of(place, mask, scoring, g, WG)
-            a, b, c, n = _walk_for_keys(a, b, c, n, spans[WG], first, last, pipes, keys, mask, scoring, WG, NARROW)
+            if items.PRODUCTS == "bounded":
+                if narrow:
+                    a, b, c, n = _walk_for_keys(
+                        a, b, c, n, spans[WG], first, last, pipes, keys, mask, scoring, WG, True
+                    )
+                else:
+                    a, b, c, n = _walk_for_keys(
+                        a, b, c, n, spans[WG], first, last, pipes, keys, mask, scoring, WG, False
+                    )
+            else:
+                a, b, c, n = _walk_for_keys(a, b, c, n, spans[WG], first, last, pipes, keys, mask, scoring, WG, NARROW)
         pipes.values.release(turn)
         scale = scoring.scale
         if scoring.DROPOUT:
@@ -175,7 +186,7 @@ def _step_for_keys(
     a, b, c, n, m, pipes, keys, mask, scoring, WG: gl.constexpr, MASKED: gl.constexpr, NARROW: gl.constexpr
 ):  # fmt: skip
     LAYOUT: gl.constexpr = accumulator(pipes.BLOCK_M)
-    p, capped = _weights(n, m, pipes, keys, mask, scoring, WG, MASKED)
+    p = _weights(n, m, pipes, keys, mask, scoring, WG, MASKED)
     do = pipes.douts.wait(n)
     running = row_products(pipes.value_tile(keys.turn, WG + pipes.nil(n)), do, pipes.DIM_V)
     delta = pipes.of_rows(n, 1, LAYOUT)

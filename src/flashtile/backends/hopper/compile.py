@@ -23,7 +23,12 @@ from flashtile.backends.hopper.forward_kernel import forward_kernel
 from flashtile.gpu import arguments, bias_gradient, binary
 from flashtile.problem import Problem
 
-KERNELS = ("forward", "prologue", "backward", "epilogue")
+_NAMES = {"both": "backward", "keys": "backward", "values": "backward_values"}
+
+
+def kernels(problem: Problem) -> tuple[str, ...]:
+    """Names of the kernels of a problem; each launch of the backward's main kernel is one."""
+    return ("forward", "prologue", *[_NAMES[part] for part in backward_configs.parts(problem)], "epilogue")
 
 
 class _Launch(NamedTuple):
@@ -36,12 +41,12 @@ class _Launch(NamedTuple):
 
 
 def resources(problem: Problem, target_name: str = "sm_90") -> dict[str, binary.Resources]:
-    """Compiles the KERNELS of a problem."""
-    return {name: binary.read(compiled(name, problem, target_name)) for name in KERNELS}
+    """Compiles the kernels of a problem."""
+    return {name: binary.read(compiled(name, problem, target_name)) for name in kernels(problem)}
 
 
 def compiled(name: str, problem: Problem, target_name: str = "sm_90") -> Any:
-    """Triton's CompiledKernel of one of KERNELS."""
+    """Triton's CompiledKernel of one of the `kernels`."""
     kernel, boxed, tensors, plan = _launch(name, problem)
     runtime = [parameter.name for parameter in kernel.params if parameter.do_not_specialize]
     found = binary.signature(kernel, plan.describe(boxed), tensors, plan.values, runtime)
@@ -81,9 +86,6 @@ def _launch(name: str, problem: Problem) -> _Launch:
     table = q if call.lo is None else call.lo.new_empty(call.lo.shape[0], problem.k_len)
     stride_tb = table.stride(0) if problem.table and table.shape[0] > 1 else 0
     variant = ("tile" if each else kind, stride_tb, bias is not None, boxes is not None)
-    import os
-
-    plan = backward_pass.prepare(
-        problem, call, boxed, variant, os.environ.get("PART", backward_configs.parts(problem)[0])
-    )
+    part = next(part for part in backward_configs.parts(problem) if _NAMES[part] == name)
+    plan = backward_pass.prepare(problem, call, boxed, variant, part)
     return _Launch(backward_kernel, boxed, (table, table, dbias, counters, rows, *extras), plan)

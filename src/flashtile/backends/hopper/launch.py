@@ -56,7 +56,7 @@ class _Kind(NamedTuple):
     """What passes share that differ in nothing but addresses."""
 
     fit: bool
-    ready: dict[int, _Ready]
+    ready: dict[tuple[int, str], _Ready]
 
 
 _kinds: dict[tuple[Any, ...], _Kind] = {}

@@ -72,8 +72,8 @@ def backward(
     stride_tb = first_rows.stride(0) if problem.table and first_rows.shape[0] > 1 else 0
     ways = ("tile" if each else kind, stride_tb, matrices[0] is not None, matrices[1] is not None)
     tensors = (first_rows, end_rows, dbias_or_rows, counters, rows)
-    for part in backward_configs.parts(problem):
-        launches.run(backward_kernel, boxed, tensors, partial(prepare, problem, call, boxed, ways, part), part)
+    for makes in backward_configs.launches(problem):
+        launches.run(backward_kernel, boxed, tensors, partial(prepare, problem, call, boxed, ways, makes), makes)
 
     backward_epilogue.run(launches, problem, call, (accumulated, dq, dk, dv))
     if not launches.fit:
@@ -143,15 +143,15 @@ def bias_boxes(problem: Problem, call: Call, dbias: Tensor | None) -> tuple[Tens
 
 
 def prepare(
-    problem: Problem, call: Call, boxed: tuple[Tensor, ...], variant: tuple[Any, ...], part: str = "both"
+    problem: Problem, call: Call, boxed: tuple[Tensor, ...], variant: tuple[Any, ...], makes: str
 ) -> launch.Plan:
-    """The launch of the main kernel.
+    """The launch of the main kernel that makes what backward_configs.launches says.
 
     boxed: q, k, v, dout, rows, dq's accumulator, dk, dv, the bias and dbias; variant: the kind of dbias, the stride of
     a transposed mask's table over the batch, and whether the bias comes and whether dbias goes by TMA.
     """
     kind, stride_tb, tiles_in, tiles_out = variant
-    config = backward_configs.pick(problem, tiles_in, part)
+    config = backward_configs.pick(problem, tiles_in, makes)
     tiles = max(1, triton.cdiv(problem.k_len, config.block_n))
     programs = problem.batch * problem.kv_heads
     biases, _ = arguments.bias_strides(problem, {"b": call.bias})
@@ -181,15 +181,15 @@ def prepare(
         "ORDERED": problem.window_right is not None and problem.window_right <= 0,
         "DETERMINISTIC": problem.deterministic,
         "ROTATES": config.rotates,
-        "PANELS": 1 if part == "both" else 3,
-        "PART": part,
+        "PANELS": 3 if config.panels else 1,
+        "MAKES": makes,
         "PRODUCTS": backward_prologue.products(problem),
         "DBIAS": "boxes" if tiles_out else "none" if kind == "row" else kind,
         "stride_tb": stride_tb,
     }
     options = {"num_warps": 4, "enable_fp_fusion": True}
     at_once = min(tiles * programs, launch.multiprocessors(boxed[0].device))
-    return launch.Plan(at_once, values, options, partial(_describe, problem, config, tiles_in, tiles_out, part))
+    return launch.Plan(at_once, values, options, partial(_describe, problem, config, tiles_in, tiles_out))
 
 
 def _section(problem: Problem, tiles: int) -> int:
@@ -227,12 +227,11 @@ def _describe(
     config: backward_configs.Config,
     tiles_in: bool,
     tiles_out: bool,
-    part: str,
     boxed: tuple[Tensor, ...],
 ) -> tuple[TensorDescriptor, ...]:
     q, k, v, dout, rows, accumulated, dk, dv, bias, dbias = boxed
     dim, v_dim = backward_configs.widths(problem)
-    dim = dim if part == "both" else 64
+    dim = 64 if config.panels else dim
     plain = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
     queries = descriptors.rows(q, config.block_m, dim, problem.varlen)
     return (

@@ -107,13 +107,13 @@ class Launches:
         boxed: tuple[Tensor, ...],
         tensors: tuple[Tensor, ...],
         prepare: Callable[[], Plan],
-        part: str = "",
+        makes: str = "",
     ) -> None:
         """Launches `kernel` on descriptors of `boxed`, on `tensors` and on the call's extras.
 
-        prepare: makes the plan for a call of a new kind.
+        prepare: makes the plan for a call of a new kind. makes: tells launches of one kernel from each other.
         """
-        name = (id(kernel), part)
+        name = (id(kernel), makes)
         ready = self._ready.get(name)
         if ready is None:
             self._ready[name] = _launch_first(kernel, prepare(), boxed, (*tensors, *arguments.extras(self._call)))

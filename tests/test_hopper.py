@@ -78,7 +78,7 @@ def test_tiles_of_the_backward(dim: int, v_dim: int, keys: int, widths: tuple[in
     own = keys * sum(widths) + keys * widths[0] * config.rotates
     ring = config.stages * config.block_m * sum(widths)
     scores = 2 * config.groups * 64 * config.block_m
-    leaving = 2 * config.slots * 64 * backward_configs.accumulator_columns(problem)  # float32
+    leaving = 2 * config.slots * 64 * backward_configs.exit_columns(problem)  # float32
     rows = 4 * config.stages * config.block_m
     assert 2 * (own + ring + scores + leaving + rows) + 1024 <= SHARED_MEMORY
 

@@ -86,6 +86,11 @@ def launches(problem: Problem) -> tuple[str, ...]:
 
 
 def accumulator_columns(problem: Problem) -> int:
+    """Columns of dQ's accumulator: those of q's tiles, or of its panels."""
+    return 192 if pick(problem).panels else widths(problem)[0]
+
+
+def exit_columns(problem: Problem) -> int:
     """Columns of the [64, C] parts in which dQ leaves and is accumulated: beside wide tiles no two of 64 fit."""
     dim, _ = widths(problem)
     return min(dim, 32 if pick(problem).groups == 1 else 64)

@@ -310,7 +310,7 @@ def backward_kernel(
 ):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
     PANEL: gl.constexpr = k_desc.block_type.shape[-1]
-    D: gl.constexpr = PANEL if PANELS == 1 else 256
+    D: gl.constexpr = PANELS * PANEL
     DV: gl.constexpr = v_desc.block_type.shape[-1]
     lengths = Lengths(cu_q, cu_k, mailbox, max_q, max_k, total_q, total_k, VARLEN)
     counter = counters + (1 if MAKES == "values" else 0)  # each launch counts its own items

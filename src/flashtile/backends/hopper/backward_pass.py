@@ -103,7 +103,7 @@ def _scratch(problem: Problem, lse: Tensor) -> tuple[Tensor, Tensor, Tensor, Ten
 @lru_cache(maxsize=4096)  # asked on every call
 def _scratch_rows(problem: Problem) -> tuple[int, int]:
     """(Rows of scratch memory, columns of each in dq's accumulator)."""
-    return arguments.scratch_rows(problem), backward_configs.widths(problem)[0]
+    return arguments.scratch_rows(problem), backward_configs.accumulator_columns(problem)
 
 
 def _copy_back(grads: tuple[Tensor, ...], written: tuple[Tensor, ...]) -> None:
@@ -136,7 +136,7 @@ def bias_boxes(problem: Problem, call: Call, dbias: Tensor | None) -> tuple[Tens
         return None, None
     bias = bias_tiles.matrices(problem, call) if backward_configs.room_for_bias(problem) else None
     # dS lies in shared memory with the softcap's derivative in it; float32 leaves through a slot of dQ of 64 columns.
-    narrow = backward_configs.accumulator_columns(problem) < 64
+    narrow = backward_configs.exit_columns(problem) < 64
     if dbias is None or problem.softcap > 0 or (dbias.dtype == torch.float32 and narrow):
         return bias, None
     return bias, bias_tiles.addressable(dbias, problem)
@@ -183,7 +183,8 @@ def prepare(
         "ROTATES": config.rotates,
         "PANELS": 3 if config.panels else 1,
         "MAKES": makes,
-        "PRODUCTS": backward_prologue.products(problem),
+        # dV needs no dS, nor what would bound it.
+        "PRODUCTS": "narrow" if makes == "values" else backward_prologue.products(problem),
         "DBIAS": "boxes" if tiles_out else "none" if kind == "row" else kind,
         "stride_tb": stride_tb,
     }
@@ -240,7 +241,7 @@ def _describe(
         descriptors.rows(v, 64, v_dim, problem.varlen),
         descriptors.rows(dout, config.block_m, v_dim, problem.varlen),
         TensorDescriptor.from_tensor(rows, [2, config.block_m], plain),
-        TensorDescriptor.from_tensor(accumulated, [backward_configs.accumulator_columns(problem) // 4, 256], plain),
+        TensorDescriptor.from_tensor(accumulated, [backward_configs.exit_columns(problem) // 4, 256], plain),
         descriptors.rows(dk, 64, dim, problem.varlen),
         descriptors.rows(dv, 64, v_dim, problem.varlen),
         bias_tiles.boxes(bias, config.block_m, 64) if tiles_in else queries,

@@ -70,7 +70,7 @@ def _launch(name: str, problem: Problem) -> _Launch:
         return _Launch(forward_kernel, boxed, (out, lse, counter, *extras), plan)
     kind = bias_gradient.kind(problem) if problem.bias == "additive" else "none"
     rows = lse.new_empty(3, arguments.scratch_rows(problem))
-    accumulated = lse.new_empty(rows.shape[1] * backward_configs.widths(problem)[0] // 256, 256)
+    accumulated = lse.new_empty(rows.shape[1] * backward_configs.accumulator_columns(problem) // 256, 256)
     each, memory = backward_pass.bias_memory(problem, call, kind)
     dbias = rows if memory is None else memory
     counters = lse.new_empty(rows.shape[1] // 64, dtype=torch.int32)

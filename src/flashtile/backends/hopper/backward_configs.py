@@ -85,6 +85,11 @@ def launches(problem: Problem) -> tuple[str, ...]:
     return ("keys", "values") if _narrow_values(problem) else ("both",)
 
 
+def kernel_name(makes: str) -> str:
+    """What the main kernel of such a launch is called."""
+    return "backward" if makes == "both" else f"backward_{makes}"
+
+
 def accumulator_columns(problem: Problem) -> int:
     """Columns of dQ's accumulator: those of q's tiles, or of its panels."""
     return 192 if pick(problem).panels else widths(problem)[0]

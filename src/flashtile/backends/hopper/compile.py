@@ -23,13 +23,10 @@ from flashtile.backends.hopper.forward_kernel import forward_kernel
 from flashtile.gpu import arguments, bias_gradient, binary
 from flashtile.problem import Problem
 
-# Names of the main kernel by what a launch of it makes.
-_MAIN = {"both": "backward", "keys": "backward", "values": "backward_values"}
-
 
 def kernels(problem: Problem) -> tuple[str, ...]:
     """Names of the kernels of a problem."""
-    return ("forward", "prologue", *[_MAIN[makes] for makes in backward_configs.launches(problem)], "epilogue")
+    return ("forward", "prologue", *map(backward_configs.kernel_name, backward_configs.launches(problem)), "epilogue")
 
 
 class _Launch(NamedTuple):
@@ -87,6 +84,6 @@ def _launch(name: str, problem: Problem) -> _Launch:
     table = q if call.lo is None else call.lo.new_empty(call.lo.shape[0], problem.k_len)
     stride_tb = table.stride(0) if problem.table and table.shape[0] > 1 else 0
     variant = ("tile" if each else kind, stride_tb, bias is not None, boxes is not None)
-    makes = next(makes for makes in backward_configs.launches(problem) if _MAIN[makes] == name)
+    makes = next(makes for makes in backward_configs.launches(problem) if backward_configs.kernel_name(makes) == name)
     plan = backward_pass.prepare(problem, call, boxed, variant, makes)
     return _Launch(backward_kernel, boxed, (table, table, dbias, counters, rows, *extras), plan)

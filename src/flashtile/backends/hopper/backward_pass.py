@@ -1,4 +1,4 @@
-"""Backward on Hopper, in three launches: what it needs of each row, the gradients, and dQ from its accumulator."""
+"""Backward on Hopper: what it needs of each row, the gradients in one launch or two, and dQ from its accumulator."""
 
 from __future__ import annotations
 

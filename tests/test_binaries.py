@@ -83,7 +83,7 @@ HOPPER_SPILLS_IN_STEPS = {("forward", "3.9.0"): 70, ("backward", "3.9.0"): 150, 
 def known_hopper_spills(kernel: str, problem: str, version: str | None) -> int:
     if kernel == "prologue":
         return 8 if "softcap" in problem else 0
-    if kernel == "backward_values" and "dropout" not in problem:
+    if kernel == "backward_values" and not re.search("dropout|alibi", problem):
         return 0
     if kernel.startswith("backward"):
         return next(limit for feature, limit in HOPPER_BACKWARD_SPILLS.items() if feature in problem)

@@ -27,7 +27,6 @@ REAL_CASES = (
         dim=192,
         v_dim=128,
         mask=Window(800, 50),
-        alibi="batch",
         sinks=True,
         dropout_p=0.2,
         layout="bhnd",

@@ -58,15 +58,21 @@ def hopper_problems(few: bool) -> Iterator[Problem]:
     packed = {"varlen": True, "total_q": 9000, "total_k": 9000, "sinks": True}
     yield causal
     yield replace(causal, window_left=1000, **packed)
+    latent = replace(causal, qk_dim=192, v_dim=128)
+    yield latent
+    yield replace(latent, dtype=torch.float16, dropout_p=0.1, window_left=1000, deterministic=True)
     if few:
         return
+    yield replace(latent, window_right=None, table=True)
+    yield replace(latent, alibi=True, **packed)
+    yield replace(latent, dtype=torch.float16)
+    yield replace(latent, softcap=30.0)
     for dim in (64, 128, 256):
         yield replace(plain, qk_dim=dim, v_dim=dim)
     for dim in (64, 128):
         yield replace(plain, qk_dim=dim, v_dim=dim, dtype=torch.float16)
     yield replace(plain, qk_dim=64, v_dim=64, q_len=16384, k_len=16384)
-    for dim, v_dim in ((96, 96), (192, 128)):
-        yield replace(causal, qk_dim=dim, v_dim=v_dim)
+    yield replace(causal, qk_dim=96, v_dim=96)
     yield replace(causal, dropout_p=0.1, dtype=torch.float16)
     yield replace(causal, **bias)
     yield replace(causal, window_left=1000, softcap=30.0, alibi=True, sinks=True, dropout_p=0.1, **bias)
@@ -156,7 +162,7 @@ def main_hopper(mode: str, few: str) -> None:
     from flashtile.backends.hopper import compile as binaries
 
     for problem in hopper_problems(few == "few"):
-        for name in binaries.KERNELS:
+        for name in binaries.kernels(problem):
             if (name == "forward") == (mode == "forward"):
                 report(name, problem, describe_hopper(binaries.compiled(name, problem)))
 

@@ -12,10 +12,15 @@ from typing import NamedTuple
 
 import pytest
 
+from flashtile.testing import Case
+
 SOURCES = Path(__file__).parent.parent / "src" / "flashtile" / "backends" / "hopper"
 
 # Files that are copied for a direction, each after those that it imports; the last one has the kernel.
-COPIED = {"forward": ("forward_kernel",), "backward": ("backward_step", "backward_wide", "backward_kernel")}
+COPIED = {
+    "forward": ("forward_kernel",),
+    "backward": ("backward_step", "backward_wide", "backward_split", "backward_load", "backward_kernel"),
+}
 
 # What every copy gets. `late` delays the calling warps irregularly, longer than a tile takes to arrive.
 SLEEP = """
@@ -42,16 +47,23 @@ class Edit(NamedTuple):
 
 
 class Mutant(NamedTuple):
-    """wide: it changes what head dims above 128 run in the backward, else what the others run."""
+    """consumers: the file of those of the backward that run what is changed."""
 
     name: str
     mode: str
     edits: tuple[Edit, ...]
-    wide: bool = False
+    consumers: str = "backward_step"
 
-    def reaches(self, dim: int) -> bool:
-        """True where a call of that head dim runs what is changed."""
-        return self.mode == "forward" or self.wide == (dim > 128)
+    def reaches(self, case: Case) -> bool:
+        """True where a call runs what is changed."""
+        return self.mode == "forward" or self.consumers == consumers(case)
+
+
+def consumers(case: Case) -> str:
+    """Whose consumers serve the backward of a call without softcap and bias."""
+    if case.dim <= 128:
+        return "backward_step"
+    return "backward_split" if case.v_dim == 128 else "backward_wide"
 
 
 def before(file: str, line: str, added: str) -> Edit:
@@ -74,7 +86,10 @@ _TAKE_SCORES = "        pipes.scores.await_full(n)"
 _HAND_OVER = "    pipes.scores_of(n, 0).store(handed)"
 _TAKE_OVER = "    weights.await_full(n)"
 _AWAIT_DONE = "    pipes.await_done(turn)"
-_TAKE_ITEM = "        place, spans = items.take(turn, mask, 1)"
+_WEIGH = "    bits = kept_bits(m, keys, scoring)"
+_SCORE = "    pipes.scores.await_empty(n)"
+_LEAVE = "    pipes.await_done(turn)"
+_TAKE_ITEM = "        place, spans = items.take(turn, mask, WARPS)"
 _TAKE_ITEM_WITHOUT_LOADER = "            place, spans = items.take(turn, mask, 4)"
 
 DELAYED = (
@@ -87,7 +102,7 @@ DELAYED = (
         )
         for w in (0, 1)
     ),
-    Mutant("late loads", "backward", (before("backward_kernel", _CLAIM_QUERIES, "late(n)"),)),
+    Mutant("late loads", "backward", (before("backward_load", _CLAIM_QUERIES, "late(n)"),)),
     *(
         Mutant(f"late keys {w}", "backward", (before("backward_step", _WAIT, f"late(n * (WG == {w}))"),))
         for w in (0, 1)
@@ -97,11 +112,32 @@ DELAYED = (
     Mutant(
         "late items",
         "backward",
-        tuple(before("backward_kernel", line, "late(turn)") for line in (_TAKE_ITEM, _TAKE_ITEM_WITHOUT_LOADER)),
+        (
+            before("backward_load", _TAKE_ITEM, "late(turn)"),
+            before("backward_kernel", _TAKE_ITEM_WITHOUT_LOADER, "late(turn)"),
+        ),
     ),
-    Mutant("late wide dq", "backward", (after("backward_kernel", _TAKE_SCORES, "late(n)"),), True),
-    Mutant("late weights", "backward", (before("backward_wide", _HAND_OVER, "late(n)"),), True),
-    Mutant("late derivatives", "backward", (before("backward_wide", _TAKE_OVER, "late(n)"),), True),
+    Mutant("late wide dq", "backward", (after("backward_kernel", _TAKE_SCORES, "late(n)"),), "backward_wide"),
+    Mutant("late weights", "backward", (before("backward_wide", _HAND_OVER, "late(n)"),), "backward_wide"),
+    Mutant("late derivatives", "backward", (before("backward_wide", _TAKE_OVER, "late(n)"),), "backward_wide"),
+    Mutant("late split loads", "backward", (before("backward_load", _CLAIM_QUERIES, "late(n)"),), "backward_split"),
+    Mutant("late split items", "backward", (before("backward_load", _TAKE_ITEM, "late(turn)"),), "backward_split"),
+    Mutant("late split dq", "backward", (after("backward_kernel", _TAKE_SCORES, "late(n)"),), "backward_split"),
+    *(
+        Mutant(
+            f"late split consumer {w}",
+            "backward",
+            (
+                before("backward_split", _WEIGH, f"late(n * (WG == {w}))"),
+                before("backward_split", _SCORE, f"late((n + 1) * (WG == {w}))"),
+            ),
+            "backward_split",
+        )
+        for w in (0, 1, 2)
+    ),
+    Mutant(
+        "late split gradients", "backward", (before("backward_split", _LEAVE, "late(turn + WG + 1)"),), "backward_split"
+    ),
 )
 
 # The tile comes late, and nobody waits for it. The slot is claimed in time, so that nobody waits forever either.
@@ -118,7 +154,7 @@ UNSAFE = (
         "no wait for queries",
         "backward",
         (
-            after("backward_kernel", _CLAIM_QUERIES, "sleep(20000)"),
+            after("backward_load", _CLAIM_QUERIES, "sleep(20000)"),
             Edit("backward_step", "pipes.queries.wait(n)", "pipes.queries.slot(n)"),
         ),
     ),
@@ -130,7 +166,16 @@ UNSAFE = (
             Edit("backward_wide", "    weights.await_empty(n)\n", "    pass\n"),
             Edit("backward_wide", _TAKE_OVER, "    weights.await_empty(n)"),
         ),
-        True,
+        "backward_wide",
+    ),
+    Mutant(
+        "no wait for panels",
+        "backward",
+        (
+            after("backward_load", _CLAIM_QUERIES, "sleep(20000)"),
+            Edit("backward_split", "pipes.queries.await_full(n)", "pass"),
+        ),
+        "backward_split",
     ),
 )
 
@@ -139,7 +184,7 @@ BETWEEN_ITEMS = Mutant(
     "no wait for keys to be read",
     "backward",
     (
-        Edit("backward_kernel", "ring.claim(number, ", "ring.expect(number, "),
+        Edit("backward_load", "ring.claim(number, ", "ring.expect(number, "),
         before("backward_kernel", _TAKE_SCORES, "sleep(2000)"),
     ),
 )

@@ -34,7 +34,9 @@ CASES = (
     replace(_SMALL, id="bias", dim=128, bias="additive"),
     replace(_SMALL, id="features", dim=128, mask=Causal(), **_ALL),
     replace(_SMALL, id="deterministic", dim=64, mask=Causal(), deterministic=True),
-    replace(_SMALL, id="wide", dim=192, v_dim=128, mask=Causal(), deterministic=True),
+    replace(_SMALL, id="wide", dim=192, mask=Causal(), deterministic=True),
+    replace(_SMALL, id="latent", dim=192, v_dim=128, mask=Causal(), deterministic=True),
+    replace(_SMALL, id="latent-window", dim=192, v_dim=128, mask=Window(100, 20), dropout_p=0.2),
     Case("varlen", "", q_lens=(100, 0, 70), k_lens=(90, 40, 130), dim=128, mask=Causal()),
 )
 

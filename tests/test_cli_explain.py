@@ -104,6 +104,15 @@ def test_programs_of_the_hopper_kernels() -> None:
     assert few_keys["programs"] == -(-100 // few_keys["block_n"])
 
 
+def test_the_backward_of_latent_attention_is_two_kernels() -> None:
+    shapes = ("q=1,4096,16,192", "k=1,4096,16,192", "v=1,4096,16,128")
+    _, keys, values = explain(*shapes, *CALL[2:], "--backend", "hopper")["kernels"]
+    assert (keys["name"], values["name"]) == ("backward, dk and dq", "backward, dv")
+    assert (keys["block_n"], values["block_n"]) == (128, 192)
+    capped = explain(*shapes, *CALL[2:], "--backend", "hopper", "--softcap", "20")["kernels"]
+    assert [kernel["name"] for kernel in capped] == ["forward", "backward"]
+
+
 @pytest.mark.parametrize(
     ("dim", "heavy", "keys", "rows"),
     [(64, False, 64, 128), (64, True, 64, 128), (128, False, 128, 128), (256, False, 32, 64)],

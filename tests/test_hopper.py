@@ -68,7 +68,7 @@ def test_every_row_fits_shared_memory_and_the_register_file(dim: int, causal: bo
 @pytest.mark.parametrize(
     ("dim", "v_dim", "keys", "widths"),
     [(64, 64, 192, (64, 64)), (33, 64, 192, (64, 64)), (128, 128, 128, (128, 128)),
-     (128, 64, 128, (128, 64)), (192, 128, 64, (256, 128)), (256, 40, 64, (256, 128))],
+     (128, 64, 128, (128, 64)), (192, 192, 64, (256, 256)), (256, 40, 64, (256, 128))],
 )  # fmt: skip
 def test_tiles_of_the_backward(dim: int, v_dim: int, keys: int, widths: tuple[int, int]) -> None:
     problem = replace(PLAIN, qk_dim=dim, v_dim=v_dim, window_right=0)
@@ -78,9 +78,57 @@ def test_tiles_of_the_backward(dim: int, v_dim: int, keys: int, widths: tuple[in
     own = keys * sum(widths) + keys * widths[0] * config.rotates
     ring = config.stages * config.block_m * sum(widths)
     scores = 2 * config.groups * 64 * config.block_m
-    leaving = 2 * config.slots * 64 * backward_configs.accumulator_columns(problem)  # float32
+    leaving = 2 * config.slots * 64 * backward_configs.exit_columns(problem)  # float32
     rows = 4 * config.stages * config.block_m
     assert 2 * (own + ring + scores + leaving + rows) + 1024 <= SHARED_MEMORY
+
+
+@pytest.mark.parametrize(
+    ("changes", "launches"),
+    [
+        ({}, ("keys", "values")),
+        ({"qk_dim": 136, "v_dim": 72, "dtype": torch.float16, "dropout_p": 0.1}, ("keys", "values")),
+        ({"alibi": True, "sinks": True, "deterministic": True, "window_left": 100}, ("keys", "values")),
+        ({"varlen": True, "total_q": 9, "total_k": 9}, ("keys", "values")),
+        ({"table": True}, ("keys", "values")),
+        ({"softcap": 3.0}, ("both",)),
+        ({"bias": "boolean", "bias_shape": (1, 1, 1, 4096)}, ("both",)),
+        ({"bias": "additive", "bias_shape": (2, 16, 4096, 4096)}, ("both",)),
+        ({"qk_dim": 128}, ("both",)),
+        ({"qk_dim": 193}, ("both",)),
+        ({"v_dim": 64}, ("both",)),
+        ({"v_dim": 129}, ("both",)),
+    ],
+)
+def test_dv_of_narrower_values_has_a_launch_of_its_own(changes: dict[str, Any], launches: tuple[str, ...]) -> None:
+    problem = replace(PLAIN, **{"qk_dim": 192, "v_dim": 128, **changes})
+    assert backward_configs.launches(problem) == launches
+    assert {backward_configs.pick(problem, makes=makes).panels for makes in launches} == {launches != ("both",)}
+    if launches != ("both",):
+        assert backward_configs.accumulator_columns(problem) == 192
+        assert backward_configs.exit_columns(problem) == 64
+
+
+@pytest.mark.parametrize(("makes", "keys"), [("keys", 128), ("values", 192)])
+def test_tiles_of_the_backward_in_two_launches(makes: str, keys: int) -> None:
+    problem = replace(PLAIN, qk_dim=192, v_dim=128)
+    config = backward_configs.pick(problem, makes=makes)
+    assert config.block_n == keys
+    assert config.block_m == backward_configs.pick(problem).block_m, "what lies between the kernels is ordered by it"
+    tiles = (keys + config.stages * config.block_m) * (192 + 128)  # where no values come to, dV leaves
+    rows = 4 * config.stages * config.block_m
+    scores_and_leaving = 2 * keys * config.block_m + 2 * config.slots * 64 * 64 if makes == "keys" else 0
+    assert 2 * (tiles + rows + scores_and_leaving) + 1024 <= SHARED_MEMORY
+
+
+def test_counters_of_both_launches_are_cleared() -> None:
+    """Each launch takes its items from one of its own; those of blocks of dQ come behind."""
+    from flashtile.backends.hopper import backward_pass
+
+    problem = replace(PLAIN, qk_dim=192, v_dim=128, deterministic=True)
+    rows, accumulated, counters, _ = backward_pass._scratch(problem, torch.empty(0, device="meta"))
+    assert accumulated.numel() == rows.shape[1] * 192
+    assert counters.numel() == 2 + rows.shape[1] // 64
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -118,14 +119,17 @@ def inputs(offset: int = 0) -> Tensor:
     return memory[start : start + 64 * 2 * 64].view(1, 64, 2, 64)
 
 
-def run(kernel: Kernel, q: Tensor, problem: Problem = PROBLEM, **extras: Tensor) -> bool:
-    """A launch on q; whether all of it was addressable."""
-
+def plan(number: int) -> launch.Plan:
     def describe(boxed: tuple[Tensor, ...]) -> tuple[Any, ...]:
         return (SimpleNamespace(base=boxed[0].data_ptr(), shape=[64], strides=[1]),)
 
+    return launch.Plan(PROGRAMS, {"number": number}, {}, describe)
+
+
+def run(kernel: Kernel, q: Tensor, problem: Problem = PROBLEM, **extras: Tensor) -> bool:
+    """A launch on q; whether all of it was addressable."""
     launches = launch.Launches(problem, Call(q, q, q, **extras), ("forward",), (q,))
-    launches.run(kernel, (q,), (q,), lambda: launch.Plan(PROGRAMS, {"number": 3}, {}, describe))
+    launches.run(kernel, (q,), (q,), partial(plan, 3))
     return launches.fit
 
 
@@ -139,6 +143,16 @@ def test_a_repeated_call_only_passes_addresses(kernel: Kernel) -> None:
         (STREAM, (f"map of {t.data_ptr()}", 64, 1, *[t.data_ptr()] * (1 + arguments.EXTRAS), 3)) for t in (other, q)
     ]
     assert kernel.again == expected
+
+
+def test_launches_of_one_kernel_are_told_from_each_other(kernel: Kernel) -> None:
+    q = inputs()
+    for _ in range(2):
+        launches = launch.Launches(PROBLEM, Call(q, q, q), ("backward",), (q,))
+        for number, makes in enumerate(("keys", "values")):
+            launches.run(kernel, (q,), (q,), partial(plan, number), makes)
+    assert [numbers["number"] for _, _, numbers in kernel.first] == [0, 1]
+    assert [passed[-1] for _, passed in kernel.again] == [0, 1]
 
 
 def test_what_a_binary_depends_on_is_looked_up_anew(kernel: Kernel) -> None:

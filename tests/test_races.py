@@ -39,6 +39,10 @@ CASES = (
         deterministic=True,
     ),
     Case(
+        "latent", "two launches, each with items of its own", q_len=700, k_len=700, heads=4, kv_heads=2, dim=192,
+        v_dim=128, mask=Causal(), deterministic=True,
+    ),
+    Case(
         "features", "everything that a consumer may wait for besides", q_len=500, k_len=600, heads=4, kv_heads=2,
         dim=128, mask=Window(200, 50), softcap=5.0, alibi="heads", bias="additive", bias_axes="1hqk", sinks=True,
         dropout_p=0.2, deterministic=True,
@@ -113,7 +117,7 @@ class TestOnHopper:
             pytest.param(mutant, case, id=f"{mutant.name}-{case}")
             for mutant in DELAYED
             for case in CASES
-            if mutant.reaches(case.dim)
+            if mutant.reaches(case)
         ],
     )
     def test_late_warps_change_nothing(self, mutant: Mutant, case: Case, tmp_path: Path) -> None:
@@ -123,7 +127,7 @@ class TestOnHopper:
 
     @pytest.mark.parametrize("mutant", UNSAFE, ids=lambda mutant: mutant.name)
     def test_a_missing_wait_is_seen(self, mutant: Mutant, tmp_path: Path) -> None:
-        case = next(case for case in CASES if mutant.reaches(case.dim))
+        case = next(case for case in CASES if mutant.reaches(case))
         expected = results(case)
         with mutants.planted(mutant, tmp_path):
             wrong = differing(results(case), expected)

@@ -70,7 +70,22 @@ def _hopper(problem: Problem) -> list[Kernel]:
     bias = configs.addressable_bias(problem)
     forward = configs.forward(problem, bias and configs.room_for_bias(problem))
     assert forward is not None, problem
-    backward = backward_configs.pick(problem, bias and backward_configs.room_for_bias(problem))
+
+    def backward(makes: str) -> Kernel:
+        config = backward_configs.pick(problem, bias and backward_configs.room_for_bias(problem), makes)
+        return Kernel(
+            {"both": "backward", "keys": "backward, dk and dq", "values": "backward, dv"}[makes],
+            "backward",
+            config.block_m,
+            config.block_n,
+            by_keys=True,
+            shares_keys=True,
+            adds_dq=makes != "values",
+            programs=configs.MULTIPROCESSORS,
+            compiled_as=backward_configs.kernel_name(makes),
+            settings={key: value for key, value in asdict(config).items() if key != "block_m"},
+        )
+
     return [
         Kernel(
             "forward",
@@ -81,18 +96,7 @@ def _hopper(problem: Problem) -> list[Kernel]:
             compiled_as="forward",
             settings={key: value for key, value in asdict(forward).items() if key != "block_n"},
         ),
-        Kernel(
-            "backward",
-            "backward",
-            backward.block_m,
-            backward.block_n,
-            by_keys=True,
-            shares_keys=True,
-            adds_dq=True,
-            programs=configs.MULTIPROCESSORS,
-            compiled_as="backward",
-            settings={key: value for key, value in asdict(backward).items() if key != "block_m"},
-        ),
+        *map(backward, backward_configs.launches(problem)),
     ]
 
 

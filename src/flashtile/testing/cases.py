@@ -139,9 +139,28 @@ DIMS = (
     Case("v-narrower", "v_dim below the qk dim", dim=64, v_dim=32, dlse=True),
     Case("v-wider", "v_dim above the qk dim", dim=40, v_dim=96, batch=1),
     Case("v-odd", "both odd and unequal", dim=59, v_dim=17, mask=Causal()),
-    Case("mla", "the 192/128 heads of latent attention", dim=192, v_dim=128, batch=1, mask=Causal()),
     Case("dim-1-v-256", "the two extremes at once", dim=1, v_dim=256, batch=1),
 )
+
+LATENT = (
+    Case("mla", "the 192/128 heads of latent attention", dim=192, v_dim=128, batch=1, mask=Causal()),
+    Case("mla-full", "several tiles, the last one cut", q_len=150, k_len=410, batch=1, dim=192, v_dim=128, dlse=True),
+    Case(
+        "mla-narrower", "a third panel that is not full, grouped heads, dropout in both launches",
+        heads=4, kv_heads=2, q_len=150, k_len=210, dim=160, v_dim=120, mask=Causal(), sinks=True, dropout_p=0.2,
+    ),
+    Case(
+        "mla-window", "rows that see some of the keys of a tile, in a fixed order",
+        q_len=300, k_len=350, dim=136, v_dim=72, mask=Window(90, 20), alibi="heads", deterministic=True,
+    ),
+    Case("mla-table", "a table instead", q_len=140, k_len=210, dim=192, v_dim=128, mask=Chunked(60, 10)),
+    Case(
+        "mla-varlen", "items of any number of steps, also none",
+        q_lens=(100, 0, 170), k_lens=(90, 40, 330), kv_heads=1, dim=192, v_dim=128, mask=Causal(), dlse=True,
+    ),
+    Case("mla-softcap", "what latent attention does not have", q_len=140, dim=192, v_dim=128, softcap=5.0),
+    Case("mla-bias", "and this", q_len=140, dim=192, v_dim=128, bias="additive"),
+)  # fmt: skip
 
 MASKS = (
     Case("full", "the mask object that hides nothing", mask=Full()),
@@ -443,7 +462,7 @@ COMBINATIONS = (
     ),
 )
 
-CASES = (*LENGTHS, *HEADS, *DIMS, *MASKS, *SCORES, *DROPOUT, *VARLEN, *STRIDES, *COMBINATIONS)
+CASES = (*LENGTHS, *HEADS, *DIMS, *LATENT, *MASKS, *SCORES, *DROPOUT, *VARLEN, *STRIDES, *COMBINATIONS)
 
 
 def case(name: str) -> Case:

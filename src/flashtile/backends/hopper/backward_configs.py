@@ -18,7 +18,8 @@ class Config:
     tiles. slots: of the shared memory through which dQ leaves. registers: of a thread of a consumer, of the warp group
     that makes dQ and of the warp that loads; warp groups of four warps share 512, and the loading warp counts as one.
     With three groups there is none left: the one that makes dQ loads, too. rotates: keys and values come in turns
-    through three tiles of one width, so that the next item's keys come while this one's are in use.
+    through three tiles of one width, so that the next item's keys come while this one's are in use. panels: keys and
+    queries lie in three panels of 64 columns, and dV has a launch of its own (backward_split.py).
     """
 
     block_m: int
@@ -27,6 +28,7 @@ class Config:
     slots: int
     registers: tuple[int, int, int]
     rotates: bool = False
+    panels: bool = False
 
     def __post_init__(self) -> None:
         if self.groups not in (1, 2, 3):
@@ -62,8 +64,13 @@ BACKWARD = (
     Row(128, Config(64, 2, 2, 2, (208, 72, 24), rotates=True)),
     Row(128, Config(64, 2, 3, 2, (208, 72, 24))),
     Row(128, Config(64, 2, 2, 2, (208, 72, 24)), bias_tiles=True),  # causal, 8192: 553; a third stage does not fit
+    # 192 with values of 128, 128 heads: causal 4409 us, the next row 5200; without a mask 7758 and 9568
+    Row(192, Config(64, 2, 2, 2, (208, 72, 24), panels=True)),
     Row(256, Config(64, 1, 2, 2, (208, 72, 24))),  # 422 / 380; dQ through one slot 401 / 368
 )
+
+# dV of what has panels. Full 7758 us, with two consumers 7952; causal 4409 and 4422.
+VALUES = Config(64, 3, 2, 2, (144, 80, 0), panels=True)
 
 
 def widths(problem: Problem) -> tuple[int, int]:
@@ -73,7 +80,22 @@ def widths(problem: Problem) -> tuple[int, int]:
     return max(dim, least), max(v_dim, least)
 
 
+def launches(problem: Problem) -> tuple[str, ...]:
+    """What each launch of the main kernel makes: dK and dQ of "keys", dV of "values", or "both"."""
+    return ("keys", "values") if _narrow_values(problem) else ("both",)
+
+
+def kernel_name(makes: str) -> str:
+    """What the main kernel of such a launch is called."""
+    return "backward" if makes == "both" else f"backward_{makes}"
+
+
 def accumulator_columns(problem: Problem) -> int:
+    """Columns of dQ's accumulator: those of q's tiles, or of its panels."""
+    return 192 if pick(problem).panels else widths(problem)[0]
+
+
+def exit_columns(problem: Problem) -> int:
     """Columns of the [64, C] parts in which dQ leaves and is accumulated: beside wide tiles no two of 64 fit."""
     dim, _ = widths(problem)
     return min(dim, 32 if pick(problem).groups == 1 else 64)
@@ -92,10 +114,25 @@ def _rotates(problem: Problem) -> bool:
     return one_width and (problem.varlen or not configs.unmasked(problem))
 
 
-def pick(problem: Problem, bias_tiles: bool = False) -> Config:
-    """Tiles and roles of the backward kernel. bias_tiles: a bias comes by TMA."""
-    dim = max(problem.qk_dim, problem.v_dim)
+def _narrow_values(problem: Problem) -> bool:
+    """True where keys come in panels and values are narrower, as in latent attention."""
+    wide = 128 < problem.qk_dim <= 192 and 64 < problem.v_dim <= 128
+    return wide and problem.softcap == 0 and problem.bias is None
+
+
+def _serves(row: Row, problem: Problem, bias_tiles: bool) -> bool:
+    if max(problem.qk_dim, problem.v_dim) > row.max_dim or row.bias_tiles < bias_tiles:
+        return False
+    return (_rotates(problem) or not row.config.rotates) and (_narrow_values(problem) or not row.config.panels)
+
+
+def pick(problem: Problem, bias_tiles: bool = False, makes: str = "") -> Config:
+    """Tiles and roles of the backward kernel. bias_tiles: a bias comes by TMA; makes: one of the `launches`, the first
+    if none is named.
+    """
+    if makes == "values":
+        return VALUES
     for row in BACKWARD:
-        if dim <= row.max_dim and row.bias_tiles >= bias_tiles and (not row.config.rotates or _rotates(problem)):
+        if _serves(row, problem, bias_tiles):
             return row.config
     raise LookupError(f"no tile sizes for {problem}: the last rows of the table must serve every problem")

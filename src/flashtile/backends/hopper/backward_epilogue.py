@@ -13,6 +13,7 @@ from flashtile.gpu.sequences import past_end, place, scratch_row, sequence
 from flashtile.problem import Call, Problem
 
 RUNTIME = arguments.RUNTIME
+ROWS = 64  # of a program, in whose order dQ is accumulated
 
 
 @triton.jit
@@ -35,7 +36,7 @@ def epilogue_kernel(
     accumulated, dq, dk, dv, bias, slopes, sinks, cu_q, cu_k, lo, hi, rng, mailbox, stride_xb, stride_xm, stride_xh,
     stride_xd, stride_zb, stride_zm, stride_zh, stride_zd, stride_wb, stride_wm, stride_wh, stride_wd, batch, heads,
     group, max_q, total_q, total_k, padded, tiles, programs, section, scale, keep_scale,
-    BLOCK_M: tl.constexpr, C: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, DV: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, C: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, DV: tl.constexpr,
     DIM_V: tl.constexpr, VARLEN: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     stride_xb, stride_xm, stride_xh = stride_xb * ALIGN, stride_xm * ALIGN, stride_xh * ALIGN
@@ -54,21 +55,23 @@ def epilogue_kernel(
                 _blank(dv, start, total_k, tile, tiles, wm, wh, stride_wd, kv_heads, DIM_V, DV, 64)
             return
     q_start, q_len = sequence(cu_q, b, max_q, total_q, 0, mailbox, VARLEN, False)
-    first_row = tile * BLOCK_M
+    first_row = tile * ROWS
     if first_row >= q_len:
         return
-    at = (scratch_row(b, h, heads, q_start, padded, VARLEN) + first_row).to(tl.int64) * D
-    x = tl.load(accumulated + at + tl.arange(0, BLOCK_M * D)) * (scale * keep_scale)
-    # half of the rows, part of the columns, column // 8, warp, row % 8, column % 8 // 2, row // 8 % 2, column % 2
-    x = tl.reshape(x, [BLOCK_M // 64, D // C, C // 8, 4, 8, 4, 2, 2])
-    x = tl.permute(x, [0, 3, 6, 4, 1, 2, 5, 7])
-    x = tl.reshape(x, [BLOCK_M, D])
-    row = first_row + tl.arange(0, BLOCK_M)
-    column = tl.arange(0, D)
+    at = (scratch_row(b, h, heads, q_start, padded, VARLEN) + first_row).to(tl.int64) * COLUMNS
+    row = first_row + tl.arange(0, ROWS)
     line = (q_start + row).to(tl.int64)
     base = dq + b.to(tl.int64) * stride_xb + h.to(tl.int64) * stride_xh
-    pointers = base + line[:, None] * stride_xm + column[None, :] * stride_xd
-    tl.store(pointers, x.to(dq.dtype.element_ty), mask=(row < q_len)[:, None] & (column < DIM)[None, :])
+    WIDTH: tl.constexpr = COLUMNS & -COLUMNS  # tensors are as large as a power of two
+    for first in tl.static_range(0, COLUMNS, WIDTH):
+        x = tl.load(accumulated + at + ROWS * first + tl.arange(0, ROWS * WIDTH)) * (scale * keep_scale)
+        # part of the columns, column // 8, warp, row % 8, column % 8 // 2, row // 8 % 2, column % 2
+        x = tl.reshape(x, [WIDTH // C, C // 8, 4, 8, 4, 2, 2])
+        x = tl.permute(x, [2, 5, 3, 0, 1, 4, 6])
+        x = tl.reshape(x, [ROWS, WIDTH])
+        column = first + tl.arange(0, WIDTH)
+        pointers = base + line[:, None] * stride_xm + column[None, :] * stride_xd
+        tl.store(pointers, x.to(dq.dtype.element_ty), mask=(row < q_len)[:, None] & (column < DIM)[None, :])
 
 
 def run(launches: launch.Launches, problem: Problem, call: Call, tensors: tuple[Tensor, ...]) -> None:
@@ -79,8 +82,7 @@ def run(launches: launch.Launches, problem: Problem, call: Call, tensors: tuple[
 def prepare(problem: Problem, call: Call, tensors: tuple[Tensor, ...]) -> launch.Plan:
     """The launch of a problem."""
     _, dq, dk, dv = tensors
-    block_m = backward_configs.pick(problem).block_m
-    tiles = max(1, triton.cdiv(problem.q_len, block_m))  # one, so that rows of no sequence are cleared
+    tiles = max(1, triton.cdiv(problem.q_len, ROWS))  # one, so that rows of no sequence are cleared
     programs = (problem.batch + problem.varlen) * problem.q_heads
     dim, v_dim = backward_configs.widths(problem)
     strides, align = aligned_strides(problem, {"x": dq, "z": dk, "w": dv})
@@ -91,8 +93,9 @@ def prepare(problem: Problem, call: Call, tensors: tuple[Tensor, ...]) -> launch
         "tiles": tiles,
         "programs": programs,
         "section": 1,
-        "BLOCK_M": block_m,
-        "C": backward_configs.accumulator_columns(problem),
+        "ROWS": ROWS,
+        "COLUMNS": backward_configs.accumulator_columns(problem),
+        "C": backward_configs.exit_columns(problem),
         "D": dim,
         "DIM": problem.qk_dim,
         "DV": v_dim,

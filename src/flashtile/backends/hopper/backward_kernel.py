@@ -6,7 +6,8 @@
 Three roles (docs/kernels/hopper_backward.md has the drawing): a warp loads; two consumer warp groups of 64 keys each
 make S, P, dP and dS and keep dK and dV in their registers; one warp group makes dQ from the dS of both and adds it to
 a float32 accumulator in memory, by TMA. The query heads that share the key-value head are walked through one after
-the other, so dK and dV of grouped heads are summed in registers.
+the other, so dK and dV of grouped heads are summed in registers. Head dims above 128 have consumers of their own
+(backward_wide.py, backward_split.py), where values are narrower in a launch for dK and dQ and one for dV.
 """
 
 from triton.experimental import gluon
@@ -19,12 +20,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from flashtile.backends.hopper.backward_load import Sources, load_items
+from flashtile.backends.hopper.backward_split import key_gradients, value_gradients
 from flashtile.backends.hopper.backward_step import BiasGradient, keys_of, walk
 from flashtile.backends.hopper.backward_wide import consume_keys, consume_values
 from flashtile.backends.hopper.backward_work import KEYS, RECORD, Items, Mask, Pipes, Scoring, steps_of, whole
-from flashtile.backends.hopper.bias_tiles import axis, load_tile
-from flashtile.backends.hopper.descriptors import load_rows, store_rows, swizzled
-from flashtile.backends.hopper.dialect import aggregate, barrier, load, reduce_add
+from flashtile.backends.hopper.descriptors import store_rows, swizzled
+from flashtile.backends.hopper.dialect import aggregate, barrier, reduce_add
 from flashtile.backends.hopper.lengths import Lengths
 from flashtile.backends.hopper.rings import Ring, barriers
 from flashtile.backends.hopper.tiles import accumulator
@@ -32,97 +34,6 @@ from flashtile.backends.hopper.words import words
 from flashtile.gpu.arguments import RUNTIME
 
 RUNTIME = [*RUNTIME, "stride_bb", "stride_bh", "stride_bm", "stride_gb", "stride_gh"]
-
-
-@aggregate
-class Sources:
-    """What is loaded: query tiles with their rows of lse and delta, tiles of dO and of a bias for each step, keys and
-    values once for an item.
-
-    spans: an item's walks, which it goes through for each grouped head.
-    """
-
-    q: tma.tensor_descriptor
-    k: tma.tensor_descriptor
-    v: tma.tensor_descriptor
-    do: tma.tensor_descriptor
-    rows: tma.tensor_descriptor
-    bias: tma.tensor_descriptor
-    stride_bb: gl.tensor
-    stride_bh: gl.tensor
-
-    @gluon.jit
-    def load_step(self, pipes, place, spans, step, n):
-        """Starts the copies for an item's step number `step`, step n of all, once its slot is empty."""
-        BLOCK_M: gl.constexpr = pipes.BLOCK_M
-        first, last = whole(spans)
-        g = 0
-        if pipes.GROUPED:
-            g = step // (last - first)
-        i = first + step - g * (last - first)
-        h = place.head(g)
-        row = i * BLOCK_M
-        BIAS_BYTES: gl.constexpr = pipes.GROUPS * self.bias.block_type.nbytes if pipes.BIAS_TILES else 0
-        QUERY_BYTES: gl.constexpr = self.q.block_type.nbytes + self.rows.block_type.nbytes
-        full = pipes.queries.claim(n, QUERY_BYTES + BIAS_BYTES)
-        slot = pipes.queries.slot(n)
-        load_rows(self.q, full, slot, place.b, h, place.q_start, place.q_len, row, place.VARLEN)
-        pair = pipes.rows.index(n % pipes.queries.STAGES)
-        load(self.rows, [0, (place.block(g) + i) * BLOCK_M], full, pair)
-        if pipes.BIAS_TILES:
-            bias_b, bias_h = axis(place.b, self.stride_bb), axis(h, self.stride_bh)
-            for w in gl.static_range(pipes.GROUPS):
-                load_tile(self.bias, full, pipes.bias(n, w), bias_b, bias_h, row, place.first_key + KEYS * w)
-        full = pipes.douts.full.index(n % pipes.douts.STAGES)
-        mbarrier.expect(full, self.do.block_type.nbytes)
-        slot = pipes.douts.slot(n)
-        load_rows(self.do, full, slot, place.b, h, place.q_start, place.q_len, row, place.VARLEN)
-
-    @gluon.jit
-    def load_first(self, pipes, place, spans, turn, n):
-        """Starts the copies for an item's first step, and of its keys and values once those of the last have left."""
-        first, last = whole(spans)
-        keys, values = pipes.of_keys(turn), pipes.of_values(turn)
-        if last > first:
-            if pipes.ROTATES:
-                _load_keys(self.k, pipes.keys, place, keys)
-            self.load_step(pipes, place, spans, 0, n)
-            if not pipes.ROTATES:
-                _load_keys(self.k, pipes.keys, place, keys)
-            _load_keys(self.v, pipes.values, place, values)
-        else:  # keys that nobody sees
-            pipes.keys.await_empty(keys)
-            pipes.keys.announce(keys)
-            pipes.values.await_empty(values)
-            pipes.values.announce(values)
-
-
-@gluon.jit
-def _load_keys(desc, ring, place, number):
-    """Starts the copy of an item's keys (or values), one tile for each consumer."""
-    GROUPS: gl.constexpr = place.BLOCK_N // KEYS
-    full = ring.claim(number, GROUPS * desc.block_type.nbytes)
-    for w in gl.static_range(GROUPS):
-        key = place.first_key + KEYS * w
-        tile = ring.buffers.index(number % ring.STAGES * GROUPS + w)
-        load_rows(desc, full, tile, place.b, place.kv_h, place.k_start, place.k_len, key, place.VARLEN)
-
-
-@gluon.jit
-def _load(sources, pipes, items, mask):
-    """Takes the program's items, and loads whatever the others need."""
-    n = 0
-    turn = 0
-    place, spans = items.take(turn, mask, 1)
-    while place.tile >= 0:
-        sources.load_first(pipes, place, spans, turn, n)
-        steps = steps_of(place, spans)
-        for step in range(1, steps):
-            sources.load_step(pipes, place, spans, step, n + step)
-        n += steps
-        turn += 1
-        # Only now: an item that waits for its program may be what all others wait for in the end.
-        place, spans = items.take(turn, mask, 1)
 
 
 @aggregate
@@ -185,7 +96,10 @@ def _add(dq_desc, block, n, turn, pipes, FROM: gl.constexpr, TO: gl.constexpr, S
         running = gl.zeros([64, C], gl.float32, accumulator(C))
         for w in gl.static_range(FROM, TO):
             ds = pipes.scores_of(n, w).slice(part // COLUMNS * 64, 64, dim=1)
-            k = pipes.key_tile(turn, w).slice(part % COLUMNS * C, C, dim=1)
+            if pipes.PANELS > 1:
+                k = pipes.key_panel(turn, w, part % COLUMNS)
+            else:
+                k = pipes.key_tile(turn, w).slice(part % COLUMNS * C, C, dim=1)
             running = warpgroup_mma(ds.permute((1, 0)), k, running, use_acc=w > FROM, is_async=True)
         tma.store_wait(pipes.SLOTS - 1 + (SENT if part == 0 else 0))
         dq = warpgroup_mma_wait(0, deps=(running,))
@@ -268,6 +182,15 @@ def _reduce(dq_desc, turns, sources, pipes, items, mask, dbias, LOADS: gl.conste
 
 
 @gluon.jit
+def _load_and_reduce(dq_desc, turns, sources, pipes, items, mask, dbias):
+    """Both roles in one warp group, where three consumers leave no registers for another; without dQ only the first."""
+    if pipes.MAKES == "values":
+        load_items(sources, pipes, items, mask, 4)
+    else:
+        _reduce(dq_desc, turns, sources, pipes, items, mask, dbias, True)
+
+
+@gluon.jit
 def _add_item(dq_desc, n, turns, sources, pipes, place, mask, dbias, spans, LOADS: gl.constexpr):
     """All steps of an item from step n on; the step after them."""
     GROUPS: gl.constexpr = pipes.GROUPS
@@ -304,13 +227,18 @@ def _add_item(dq_desc, n, turns, sources, pipes, place, mask, dbias, spans, LOAD
 
 @gluon.jit
 def _consume(dk_desc, dv_desc, pipes, items, mask, scoring, dbias, WG: gl.constexpr):
-    """dK and dV of the 64 keys number WG of each item."""
+    """dK and dV, or what the launch makes of them, of the 64 keys number WG of each item."""
     n = 0
     turn = 0
     place, spans = items.wait(turn)
     while place.tile >= 0:
-        dk, dv, n = _gradients(n, turn, items, place, spans, pipes, mask, scoring, dbias, WG)
-        _store_gradients(dk_desc, dv_desc, dk, dv, turn, items.place(turn), pipes, scoring, WG)
+        if pipes.MAKES == "keys":
+            n = key_gradients(dk_desc, n, turn, items, place, spans, pipes, mask, scoring, WG)
+        elif pipes.MAKES == "values":
+            n = value_gradients(dv_desc, n, turn, place, spans, pipes, mask, scoring, WG)
+        else:
+            dk, dv, n = _gradients(n, turn, items, place, spans, pipes, mask, scoring, dbias, WG)
+            _store_gradients(dk_desc, dv_desc, dk, dv, turn, items.place(turn), pipes, scoring, WG)
         turn += 1
         place, spans = items.wait(turn)
 
@@ -379,14 +307,16 @@ def backward_kernel(
     KIND: gl.constexpr, LEFT: gl.constexpr, RAGGED: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr,
     BIAS: gl.constexpr, BIAS_ALIGN: gl.constexpr, BIAS_STEP: gl.constexpr, BIAS_TILES: gl.constexpr,
     DROPOUT: gl.constexpr, ORDERED: gl.constexpr, DBIAS: gl.constexpr, DETERMINISTIC: gl.constexpr,
-    PRODUCTS: gl.constexpr, ROTATES: gl.constexpr,
+    PRODUCTS: gl.constexpr, ROTATES: gl.constexpr, PANELS: gl.constexpr, MAKES: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
-    D: gl.constexpr = k_desc.block_type.shape[-1]
+    PANEL: gl.constexpr = k_desc.block_type.shape[-1]
+    D: gl.constexpr = PANELS * PANEL
     DV: gl.constexpr = v_desc.block_type.shape[-1]
     lengths = Lengths(cu_q, cu_k, mailbox, max_q, max_k, total_q, total_k, VARLEN)
+    counter = counters + (1 if MAKES == "values" else 0)  # each launch counts its own items
     items = Items(
-        counters, words(2 * RECORD), barriers(2, 1), lengths, rows, heads, group, padded, scratch, tiles, programs,
+        counter, words(2 * RECORD), barriers(2, 1), lengths, rows, heads, group, padded, scratch, tiles, programs,
         section, DETERMINISTIC, BLOCK_M, GROUPS, PRODUCTS,
     )  # fmt: skip
     mask = Mask(first_rows, end_rows, stride_tb, left, right, KIND, LEFT, RAGGED)
@@ -403,27 +333,31 @@ def backward_kernel(
         keys = Ring(tiles_of_both, barriers(3, 1), barriers(3, GROUPS), 3)
         values = keys
     else:
-        k_tiles = gl.allocate_shared_memory(dtype, [GROUPS, KEYS, D], swizzled(2, D))
+        k_tiles = gl.allocate_shared_memory(dtype, [GROUPS * PANELS, KEYS, PANEL], swizzled(2, PANEL))
         keys = Ring(k_tiles, barriers(1, 1), barriers(1, GROUPS), 1)
         v_tiles = gl.allocate_shared_memory(dtype, [GROUPS, KEYS, DV], swizzled(2, DV))
         values = Ring(v_tiles, barriers(1, 1), barriers(1, GROUPS), 1)
-    q_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, D], swizzled(2, D))
+    q_tiles = gl.allocate_shared_memory(dtype, [STAGES * PANELS, BLOCK_M, PANEL], swizzled(2, PANEL))
     do_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, DV], swizzled(2, DV))
-    ds_tiles = gl.allocate_shared_memory(dtype, [GROUPS, 2 * BLOCK_M, KEYS], swizzled(2, KEYS))
+    ds_tiles = do_tiles  # stands in where there is none
+    if MAKES != "values":
+        ds_tiles = gl.allocate_shared_memory(dtype, [GROUPS, 2 * BLOCK_M, KEYS], swizzled(2, KEYS))
     biases = ds_tiles
     if BIAS_TILES:
         biases = gl.allocate_shared_memory(dtype, [STAGES * GROUPS, BLOCK_M, KEYS], swizzled(2, KEYS))
     row_tiles = gl.allocate_shared_memory(gl.float32, [STAGES, 2, BLOCK_M], rows_desc.layout)
-    exits = gl.allocate_shared_memory(gl.float32, [SLOTS, dq_desc.block_type.shape[0], 256], dq_desc.layout)
+    exits = row_tiles  # stands in where dQ is not made
+    if MAKES != "values":
+        exits = gl.allocate_shared_memory(gl.float32, [SLOTS, dq_desc.block_type.shape[0], 256], dq_desc.layout)
     empty = barriers(STAGES, 2 if GROUPS == 1 else GROUPS)
     read = barriers(2, 1)
     pipes = Pipes(
         keys, values, barriers(2, 1), Ring(q_tiles, barriers(STAGES, 1), empty, STAGES), row_tiles,
         Ring(do_tiles, barriers(STAGES, 1), empty, STAGES), biases, Ring(ds_tiles, barriers(2, GROUPS), read, 2), exits,
-        GROUPS, BLOCK_M, D, DV, DIM, DIM_V, SLOTS, GROUPED, BIAS_TILES, ROTATES,
+        GROUPS, BLOCK_M, D, DV, DIM, DIM_V, SLOTS, GROUPED, BIAS_TILES, ROTATES, PANELS, MAKES,
     )  # fmt: skip
     # Passing on takes a good part of a step. Under a left bound a tile may end within a pair that the next one skips.
-    turns = Turns(counters + 1, DETERMINISTIC, 1 if LEFT else 2)
+    turns = Turns(counters + 2, DETERMINISTIC, 1 if LEFT else 2)
     if GROUPS == 1:
         weights = Ring(ds_tiles, barriers(2, 1), read, 2)  # P, until dS takes its place
     fence_async_shared()
@@ -436,7 +370,7 @@ def backward_kernel(
                 (_reduce, (dq_desc, turns, sources, pipes, items, mask, bias_gradient, False)),
                 (consume_values, (dv_desc, pipes, weights, items, mask, scoring)),
                 (consume_keys, (dk_desc, pipes, weights, items, mask, scoring, bias_gradient)),
-                (_load, (sources, pipes, items, mask)),
+                (load_items, (sources, pipes, items, mask, 1)),
             ],
             [4, 4, 1],
             [CONSUME_REGISTERS, CONSUME_REGISTERS, LOAD_REGISTERS],
@@ -447,7 +381,7 @@ def backward_kernel(
                 (_reduce, (dq_desc, turns, sources, pipes, items, mask, bias_gradient, False)),
                 (_consume, (dk_desc, dv_desc, pipes, items, mask, scoring, bias_gradient, 0)),
                 (_consume, (dk_desc, dv_desc, pipes, items, mask, scoring, bias_gradient, 1)),
-                (_load, (sources, pipes, items, mask)),
+                (load_items, (sources, pipes, items, mask, 1)),
             ],
             [4, 4, 1],
             [CONSUME_REGISTERS, CONSUME_REGISTERS, LOAD_REGISTERS],
@@ -455,7 +389,7 @@ def backward_kernel(
     else:
         gl.warp_specialize(
             [
-                (_reduce, (dq_desc, turns, sources, pipes, items, mask, bias_gradient, True)),
+                (_load_and_reduce, (dq_desc, turns, sources, pipes, items, mask, bias_gradient)),
                 (_consume, (dk_desc, dv_desc, pipes, items, mask, scoring, bias_gradient, 0)),
                 (_consume, (dk_desc, dv_desc, pipes, items, mask, scoring, bias_gradient, 1)),
                 (_consume, (dk_desc, dv_desc, pipes, items, mask, scoring, bias_gradient, 2)),

@@ -1,4 +1,4 @@
-"""Backward on Hopper, in three launches: what it needs of each row, the gradients, and dQ from its accumulator."""
+"""Backward on Hopper: what it needs of each row, the gradients in one launch or two, and dQ from its accumulator."""
 
 from __future__ import annotations
 
@@ -72,7 +72,8 @@ def backward(
     stride_tb = first_rows.stride(0) if problem.table and first_rows.shape[0] > 1 else 0
     ways = ("tile" if each else kind, stride_tb, matrices[0] is not None, matrices[1] is not None)
     tensors = (first_rows, end_rows, dbias_or_rows, counters, rows)
-    launches.run(backward_kernel, boxed, tensors, lambda: prepare(problem, call, boxed, ways))
+    for makes in backward_configs.launches(problem):
+        launches.run(backward_kernel, boxed, tensors, partial(prepare, problem, call, boxed, ways, makes), makes)
 
     backward_epilogue.run(launches, problem, call, (accumulated, dq, dk, dv))
     if not launches.fit:
@@ -92,7 +93,7 @@ def _scratch(problem: Problem, lse: Tensor) -> tuple[Tensor, Tensor, Tensor, Ten
     number, columns = _scratch_rows(problem)
     rows = lse.new_empty(3, number)
     accumulated = lse.new_empty(number * columns // 256, 256)
-    counters = lse.new_empty(1 + (number // 64 if problem.deterministic else 0), dtype=torch.int32)
+    counters = lse.new_empty(2 + (number // 64 if problem.deterministic else 0), dtype=torch.int32)
     sums = rows
     if problem.sinks:
         sums = lse.new_empty(problem.batch, problem.q_heads, backward_prologue.tiles(problem))
@@ -102,7 +103,7 @@ def _scratch(problem: Problem, lse: Tensor) -> tuple[Tensor, Tensor, Tensor, Ten
 @lru_cache(maxsize=4096)  # asked on every call
 def _scratch_rows(problem: Problem) -> tuple[int, int]:
     """(Rows of scratch memory, columns of each in dq's accumulator)."""
-    return arguments.scratch_rows(problem), backward_configs.widths(problem)[0]
+    return arguments.scratch_rows(problem), backward_configs.accumulator_columns(problem)
 
 
 def _copy_back(grads: tuple[Tensor, ...], written: tuple[Tensor, ...]) -> None:
@@ -135,20 +136,22 @@ def bias_boxes(problem: Problem, call: Call, dbias: Tensor | None) -> tuple[Tens
         return None, None
     bias = bias_tiles.matrices(problem, call) if backward_configs.room_for_bias(problem) else None
     # dS lies in shared memory with the softcap's derivative in it; float32 leaves through a slot of dQ of 64 columns.
-    narrow = backward_configs.accumulator_columns(problem) < 64
+    narrow = backward_configs.exit_columns(problem) < 64
     if dbias is None or problem.softcap > 0 or (dbias.dtype == torch.float32 and narrow):
         return bias, None
     return bias, bias_tiles.addressable(dbias, problem)
 
 
-def prepare(problem: Problem, call: Call, boxed: tuple[Tensor, ...], variant: tuple[Any, ...]) -> launch.Plan:
-    """The launch of the main kernel.
+def prepare(
+    problem: Problem, call: Call, boxed: tuple[Tensor, ...], variant: tuple[Any, ...], makes: str
+) -> launch.Plan:
+    """The launch of the main kernel that makes what backward_configs.launches says.
 
     boxed: q, k, v, dout, rows, dq's accumulator, dk, dv, the bias and dbias; variant: the kind of dbias, the stride of
     a transposed mask's table over the batch, and whether the bias comes and whether dbias goes by TMA.
     """
     kind, stride_tb, tiles_in, tiles_out = variant
-    config = backward_configs.pick(problem, tiles_in)
+    config = backward_configs.pick(problem, tiles_in, makes)
     tiles = max(1, triton.cdiv(problem.k_len, config.block_n))
     programs = problem.batch * problem.kv_heads
     biases, _ = arguments.bias_strides(problem, {"b": call.bias})
@@ -178,7 +181,10 @@ def prepare(problem: Problem, call: Call, boxed: tuple[Tensor, ...], variant: tu
         "ORDERED": problem.window_right is not None and problem.window_right <= 0,
         "DETERMINISTIC": problem.deterministic,
         "ROTATES": config.rotates,
-        "PRODUCTS": backward_prologue.products(problem),
+        "PANELS": 3 if config.panels else 1,
+        "MAKES": makes,
+        # dV needs no dS, nor what would bound it.
+        "PRODUCTS": "narrow" if makes == "values" else backward_prologue.products(problem),
         "DBIAS": "boxes" if tiles_out else "none" if kind == "row" else kind,
         "stride_tb": stride_tb,
     }
@@ -218,10 +224,15 @@ def _bias_gradient_strides(problem: Problem, kind: str) -> tuple[int, int]:
 
 
 def _describe(
-    problem: Problem, config: backward_configs.Config, tiles_in: bool, tiles_out: bool, boxed: tuple[Tensor, ...]
+    problem: Problem,
+    config: backward_configs.Config,
+    tiles_in: bool,
+    tiles_out: bool,
+    boxed: tuple[Tensor, ...],
 ) -> tuple[TensorDescriptor, ...]:
     q, k, v, dout, rows, accumulated, dk, dv, bias, dbias = boxed
     dim, v_dim = backward_configs.widths(problem)
+    dim = 64 if config.panels else dim
     plain = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
     queries = descriptors.rows(q, config.block_m, dim, problem.varlen)
     return (
@@ -230,7 +241,7 @@ def _describe(
         descriptors.rows(v, 64, v_dim, problem.varlen),
         descriptors.rows(dout, config.block_m, v_dim, problem.varlen),
         TensorDescriptor.from_tensor(rows, [2, config.block_m], plain),
-        TensorDescriptor.from_tensor(accumulated, [backward_configs.accumulator_columns(problem) // 4, 256], plain),
+        TensorDescriptor.from_tensor(accumulated, [backward_configs.exit_columns(problem) // 4, 256], plain),
         descriptors.rows(dk, 64, dim, problem.varlen),
         descriptors.rows(dv, 64, v_dim, problem.varlen),
         bias_tiles.boxes(bias, config.block_m, 64) if tiles_in else queries,

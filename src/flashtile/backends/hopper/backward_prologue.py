@@ -32,7 +32,7 @@ def prologue_kernel(
     slopes, sinks, cu_q, cu_k, lo, hi, rng, mailbox,
     stride_ob, stride_om, stride_oh, stride_od, stride_yb, stride_ym, stride_yh, stride_yd, batch, heads, max_q,
     total_q, padded, scratch, tiles, programs, section, keep_scale,
-    ROWS: tl.constexpr, D: tl.constexpr, DIM_V: tl.constexpr, DV: tl.constexpr, VARLEN: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DIM_V: tl.constexpr, DV: tl.constexpr, VARLEN: tl.constexpr,
     SINKS: tl.constexpr, DLSE: tl.constexpr, DBIAS: tl.constexpr, BLOCKS: tl.constexpr, DROPOUT: tl.constexpr,
     ALIGN: tl.constexpr, PRODUCTS: tl.constexpr,
 ):  # fmt: skip
@@ -45,6 +45,7 @@ def prologue_kernel(
     first_row = tile * ROWS
     if tl.program_id(0) == 0:
         tl.store(counters, 0)
+        tl.store(counters + 1, 0)
     if SINKS:
         tl.store(dsinks + bh * tiles + tile, 0.0)
     if first_row >= (q_len + 127) // 128 * 128:
@@ -75,7 +76,7 @@ def prologue_kernel(
         tl.store(rows + 2 * scratch + scratch_at // ROWS, longest)
         tl.store(rows + 2 * scratch + (scratch + scratch_at) // ROWS, tl.max(tl.abs(kept_delta), 0))
     if BLOCKS:
-        tl.store(counters + 1 + scratch_at // ROWS, 0)
+        tl.store(counters + 2 + scratch_at // ROWS, 0)
     weight = tl.zeros([ROWS], tl.float32)
     if SINKS:
         weight = tl.exp2(tl.load(sinks + h).to(tl.float32) * LOG2E - lse_row)
@@ -84,8 +85,10 @@ def prologue_kernel(
         # The sum of dS = P (dP - delta) over all keys: P sums to 1 less the sink's share, P dP to dO O.
         total = tl.where(lse_row == float("inf"), 0.0, product - delta * (1.0 - weight))
         tl.store(dbias + (b * heads + h) * max_q + row, total, mask=inside)
-    zeros = tl.zeros([ROWS * D], tl.float32)
-    tl.store(accumulated + scratch_at.to(tl.int64) * D + tl.arange(0, ROWS * D), zeros)
+    WIDTH: tl.constexpr = COLUMNS & -COLUMNS  # tensors are as large as a power of two
+    zeros = tl.zeros([ROWS * WIDTH], tl.float32)
+    for first in tl.static_range(0, ROWS * COLUMNS, ROWS * WIDTH):
+        tl.store(accumulated + scratch_at.to(tl.int64) * COLUMNS + first + tl.arange(0, ROWS * WIDTH), zeros)
 
 
 def run(
@@ -118,7 +121,7 @@ def prepare(problem: Problem, call: Call, variant: tuple[Any, ...], tensors: tup
     out, dout = tensors[:2]
     kind, dlse = variant
     programs = problem.batch * problem.q_heads
-    dim, v_dim = backward_configs.widths(problem)
+    _, v_dim = backward_configs.widths(problem)
     strides, align = aligned_strides(problem, {"o": out, "y": dout})
     values = {
         **arguments.scalars(problem, call),
@@ -129,7 +132,7 @@ def prepare(problem: Problem, call: Call, variant: tuple[Any, ...], tensors: tup
         "section": 1,
         "ROWS": ROWS,
         "PRODUCTS": products(problem),
-        "D": dim,
+        "COLUMNS": backward_configs.accumulator_columns(problem),
         "DIM_V": problem.v_dim,
         "DV": v_dim,
         "VARLEN": problem.varlen,

@@ -339,7 +339,8 @@ class Pipes:
     Steps count as n over all items, items as turns. keys, values: rings of one slot, a tile for each consumer in it; or
     one ring of three (ROTATES), through which keys and values come in turns, so that the next keys find room early.
     scores: the buffer of a consumer holds its slots one after the other, so that dK finds room there in the end.
-    DIM, DIM_V: how many of a tile's D or DV columns the head dims take.
+    DIM, DIM_V: how many of a tile's D or DV columns the head dims take. PANELS: tiles of so many columns of 64 lie one
+    after the other that keys and queries take. MAKES: what a launch makes, see backward_configs.launches.
     biases: for each slot of the query ring and each consumer, the bias of its scores, a row of 64 keys for each query.
     """
 
@@ -362,6 +363,8 @@ class Pipes:
     GROUPED: gl.constexpr
     BIAS_TILES: gl.constexpr
     ROTATES: gl.constexpr
+    PANELS: gl.constexpr
+    MAKES: gl.constexpr
 
     @gluon.jit
     def of_keys(self, turn):
@@ -377,6 +380,16 @@ class Pipes:
     def key_tile(self, turn, w):
         """The 64 keys of consumer w."""
         return self.keys.buffers.index(self.of_keys(turn) % self.keys.STAGES * self.GROUPS + w)
+
+    @gluon.jit
+    def key_panel(self, turn, w, i: gl.constexpr):
+        """Panel i of them."""
+        return self.keys.buffers.index((self.of_keys(turn) % self.keys.STAGES * self.GROUPS + w) * self.PANELS + i)
+
+    @gluon.jit
+    def query_panel(self, n, i: gl.constexpr):
+        """Panel i of the query rows of step n."""
+        return self.queries.buffers.index(n % self.queries.STAGES * self.PANELS + i)
 
     @gluon.jit
     def value_tile(self, turn, w):
@@ -452,8 +465,9 @@ class Pipes:
         """A consumer's: `count` steps whose rows see none of its keys. Returns the step after them."""
         for _ in range(count):
             self.queries.await_full(n)
-            self.scores.await_empty(n)
-            self.scores.announce(n)
+            if self.MAKES != "values":
+                self.scores.await_empty(n)
+                self.scores.announce(n)
             self.queries.release(n)
             n += 1
         return n

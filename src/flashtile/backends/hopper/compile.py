@@ -23,7 +23,10 @@ from flashtile.backends.hopper.forward_kernel import forward_kernel
 from flashtile.gpu import arguments, bias_gradient, binary
 from flashtile.problem import Problem
 
-KERNELS = ("forward", "prologue", "backward", "epilogue")
+
+def kernels(problem: Problem) -> tuple[str, ...]:
+    """Names of the kernels of a problem."""
+    return ("forward", "prologue", *map(backward_configs.kernel_name, backward_configs.launches(problem)), "epilogue")
 
 
 class _Launch(NamedTuple):
@@ -36,12 +39,12 @@ class _Launch(NamedTuple):
 
 
 def resources(problem: Problem, target_name: str = "sm_90") -> dict[str, binary.Resources]:
-    """Compiles the KERNELS of a problem."""
-    return {name: binary.read(compiled(name, problem, target_name)) for name in KERNELS}
+    """Compiles the kernels of a problem."""
+    return {name: binary.read(compiled(name, problem, target_name)) for name in kernels(problem)}
 
 
 def compiled(name: str, problem: Problem, target_name: str = "sm_90") -> Any:
-    """Triton's CompiledKernel of one of KERNELS."""
+    """Triton's CompiledKernel of one of the `kernels`."""
     kernel, boxed, tensors, plan = _launch(name, problem)
     runtime = [parameter.name for parameter in kernel.params if parameter.do_not_specialize]
     found = binary.signature(kernel, plan.describe(boxed), tensors, plan.values, runtime)
@@ -64,7 +67,7 @@ def _launch(name: str, problem: Problem) -> _Launch:
         return _Launch(forward_kernel, boxed, (out, lse, counter, *extras), plan)
     kind = bias_gradient.kind(problem) if problem.bias == "additive" else "none"
     rows = lse.new_empty(3, arguments.scratch_rows(problem))
-    accumulated = lse.new_empty(rows.shape[1] * backward_configs.widths(problem)[0] // 256, 256)
+    accumulated = lse.new_empty(rows.shape[1] * backward_configs.accumulator_columns(problem) // 256, 256)
     each, memory = backward_pass.bias_memory(problem, call, kind)
     dbias = rows if memory is None else memory
     counters = lse.new_empty(rows.shape[1] // 64, dtype=torch.int32)
@@ -81,5 +84,6 @@ def _launch(name: str, problem: Problem) -> _Launch:
     table = q if call.lo is None else call.lo.new_empty(call.lo.shape[0], problem.k_len)
     stride_tb = table.stride(0) if problem.table and table.shape[0] > 1 else 0
     variant = ("tile" if each else kind, stride_tb, bias is not None, boxes is not None)
-    plan = backward_pass.prepare(problem, call, boxed, variant)
+    makes = next(makes for makes in backward_configs.launches(problem) if backward_configs.kernel_name(makes) == name)
+    plan = backward_pass.prepare(problem, call, boxed, variant, makes)
     return _Launch(backward_kernel, boxed, (table, table, dbias, counters, rows, *extras), plan)

@@ -56,7 +56,7 @@ class _Kind(NamedTuple):
     """What passes share that differ in nothing but addresses."""
 
     fit: bool
-    ready: dict[int, _Ready]
+    ready: dict[tuple[int, str], _Ready]
 
 
 _kinds: dict[tuple[Any, ...], _Kind] = {}
@@ -102,15 +102,21 @@ class Launches:
         self._stream = torch._C._cuda_getCurrentRawStream(device)
 
     def run(
-        self, kernel: Any, boxed: tuple[Tensor, ...], tensors: tuple[Tensor, ...], prepare: Callable[[], Plan]
+        self,
+        kernel: Any,
+        boxed: tuple[Tensor, ...],
+        tensors: tuple[Tensor, ...],
+        prepare: Callable[[], Plan],
+        makes: str = "",
     ) -> None:
         """Launches `kernel` on descriptors of `boxed`, on `tensors` and on the call's extras.
 
-        prepare: makes the plan for a call of a new kind.
+        prepare: makes the plan for a call of a new kind. makes: tells launches of one kernel from each other.
         """
-        ready = self._ready.get(id(kernel))
+        name = (id(kernel), makes)
+        ready = self._ready.get(name)
         if ready is None:
-            self._ready[id(kernel)] = _launch_first(kernel, prepare(), boxed, (*tensors, *arguments.extras(self._call)))
+            self._ready[name] = _launch_first(kernel, prepare(), boxed, (*tensors, *arguments.extras(self._call)))
             return
         places = (*[tensor.data_ptr() for tensor in boxed],)
         expanded = ready.expanded.get(places)

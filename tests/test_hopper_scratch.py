@@ -1,0 +1,75 @@
+"""What lies between the kernels of the Hopper backward: made and read back in Triton's interpreter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from places import GPU
+from torch import Tensor
+
+from flashtile.problem import Call, Problem
+
+pytestmark = pytest.mark.skipif(GPU, reason="this process compiles Triton kernels; a GPU runs whole backwards")
+
+ROWS, HEADS = 100, 2
+
+
+def problem(dim: int, v_dim: int) -> Problem:
+    return Problem(
+        batch=2, q_len=ROWS, k_len=ROWS, q_heads=HEADS, kv_heads=HEADS, qk_dim=dim, v_dim=v_dim, dtype=torch.bfloat16,
+        device="cuda", capability=(9, 0), scale=0.5,
+    )  # fmt: skip
+
+
+def launch(kernel: Any, plan: Any, call: Call, tensors: tuple[Tensor, ...]) -> None:
+    from flashtile.gpu import arguments
+
+    passed = (*tensors, *arguments.extras(call))
+    kernel[(plan.programs,)](*passed, **{name: plan.values[name] for name in kernel.arg_names[len(passed) :]})
+
+
+def as_it_leaves(dq: Tensor, columns: int) -> Tensor:
+    """dq (rows, D) in the order of the accumulator: parts [64, columns], each as the registers of a product hold it."""
+    rows, dim = dq.shape
+    parts = dq.reshape(rows // 64, 64, dim // columns, columns).transpose(1, 2)
+    parts = parts.reshape(-1, 4, 2, 8, columns // 8, 4, 2).permute(0, 4, 1, 3, 5, 2, 6)
+    return parts.reshape(-1, 256).contiguous()
+
+
+@pytest.mark.parametrize(
+    ("dim", "v_dim", "columns"),
+    [(40, 40, 64), (128, 128, 128), (160, 120, 192), (192, 128, 192), (192, 192, 256)],
+)
+def test_dq_is_read_as_it_was_added(dim: int, v_dim: int, columns: int) -> None:
+    pytest.importorskip("triton")
+    from flashtile.backends.hopper import backward_configs, backward_epilogue
+
+    chosen = problem(dim, v_dim)
+    assert backward_configs.accumulator_columns(chosen) == columns
+    added = torch.randint(-100, 100, (2, HEADS, 128, columns)).float()
+    accumulated = as_it_leaves(added.flatten(0, 2), backward_configs.exit_columns(chosen))
+    dq = torch.full((2, ROWS, HEADS, dim), torch.nan, dtype=torch.bfloat16)
+    k, v = torch.zeros_like(dq), dq.new_zeros(2, ROWS, HEADS, v_dim)
+    call, tensors = Call(dq, k, v), (accumulated, dq, k, v)
+    launch(backward_epilogue.epilogue_kernel, backward_epilogue.prepare(chosen, call, tensors), call, tensors)
+    assert torch.equal(dq.float(), 0.5 * added.transpose(1, 2)[:, :ROWS, :, :dim])
+
+
+@pytest.mark.parametrize(("dim", "v_dim"), [(128, 128), (192, 128)])
+def test_all_that_is_added_to_begins_with_zeros(dim: int, v_dim: int) -> None:
+    pytest.importorskip("triton")
+    from flashtile.backends.hopper import backward_pass, backward_prologue
+
+    chosen = problem(dim, v_dim)
+    q, out = (torch.zeros(2, ROWS, HEADS, width, dtype=torch.bfloat16) for width in (dim, v_dim))
+    call, lse = Call(q, q, out), torch.zeros(2, HEADS, ROWS)
+    rows, accumulated, counters, sums = backward_pass._scratch(chosen, lse)
+    accumulated.fill_(torch.nan)
+    counters.fill_(7)
+    tensors = (out, out, lse, lse, rows, accumulated, counters, rows, sums)
+    plan = backward_prologue.prepare(chosen, call, ("none", False), tensors)
+    launch(backward_prologue.prologue_kernel, plan, call, tensors)
+    assert not accumulated.any()
+    assert not counters.any()

@@ -28,6 +28,7 @@ _ALL = {"softcap": 5.0, "alibi": "heads", "sinks": True, "dropout_p": 0.2, "dlse
 CASES = (
     *(replace(_SMALL, id=f"plain-{dim}", dim=dim) for dim in (64, 128, 256)),
     *(replace(_SMALL, id=f"causal-{dim}", dim=dim, heads=2, kv_heads=1, mask=Causal()) for dim in (64, 128, 256)),
+    replace(_SMALL, id="leaps", dim=64, amplitude=300.0),  # items that are done again
     replace(_SMALL, id="window", dim=128, mask=Window(100, 20)),
     replace(_SMALL, id="table", dim=64, mask=Chunked(90, 10)),
     replace(_SMALL, id="table-short", q_len=80, k_len=80, dim=32, mask=Chunked(16, 6)),  # less than a tile of keys

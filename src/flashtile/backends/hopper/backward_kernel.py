@@ -241,6 +241,7 @@ def _consume(dk_desc, dv_desc, pipes, items, mask, scoring, dbias, WG: gl.conste
             _store_gradients(dk_desc, dv_desc, dk, dv, turn, items.place(turn), pipes, scoring, WG)
         turn += 1
         place, spans = items.wait(turn)
+    tma.store_wait(0)
 
 
 @gluon.jit

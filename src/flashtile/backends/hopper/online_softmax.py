@@ -8,9 +8,9 @@ rescaling. What a score far above that number asks for is settled in one of two 
 a score NaN, its warp looks for the maximum, goes on from that, and weighs again.
 
 `weigh_in_place` lets weights take the scores' registers. Weights may become as large as their dtype allows: bfloat16
-has the range of float32, and in float16 a warp divides a row by a power of two. What grows beyond that, a score 33 (in
-float16 88) above all tiles before, shows in the row's sum at the end of the item (`overflowed`), which is then done
-again with a search for the maximum before each tile.
+has the range of float32, and in float16 a warp divides a row by a power of two. What grows beyond that, by a score 33
+above the first tile's maximum (in float16 88 above the tile before), shows in the row's sum at the end of the item
+(`overflowed`), which is then done again with a search for the maximum before each tile.
 
 What a branch of one warp cannot say in Gluon is said in PTX.
 

@@ -67,7 +67,7 @@ class _Code:
         self.add(*[f"mul.f32 ${self.p + i}, ${self.p + i}, t;" for i in weighed if _row(i) == r])
 
     def look_for_maxima(self, elements):
-        """m and base of both rows."""
+        """m and base of both rows; base 0 for one that has seen nothing."""
         for r in (0, 1):
             self._largest_score(r, elements)
             self.add(f"setp.eq.f32 none, x, {_MINUS_INFINITY};", "selp.f32 t, 0f00000000, x, none;")

@@ -8,7 +8,7 @@ rescaling. What a score far above that number asks for is settled in one of two 
 a score NaN, its warp looks for the maximum, goes on from that, and weighs again.
 
 `weigh_in_place` lets weights take the scores' registers. Weights may become as large as their dtype allows: bfloat16
-has the range of float32, and in float16 a warp divides a row by a power of two. What grows beyond that, by a score 33
+has the range of float32, and in float16 a warp divides a row by a power of two. What grows beyond that, by a score 44
 above the first tile's maximum (in float16 88 above the tile before), shows in the row's sum at the end of the item
 (`overflowed`), which is then done again with a search for the maximum before each tile.
 
@@ -84,8 +84,8 @@ def shrink(o, by):
     return gl.inline_asm_elementwise(CODE, OPERANDS, [o, _spread(by, N)], gl.float32, is_pure=False, pack=N // 2)
 
 
-# Of a row's sum: bfloat16 holds 2^127, and values are multiplied by the weights.
-_MOST = gl.constexpr(2.0**48)
+# Of a row's sum. Its weights are multiplied by values, up to 2^63 within float32.
+_MOST = gl.constexpr(2.0**64)
 
 
 @gluon.jit

@@ -88,7 +88,6 @@ _TAKE_OVER = "    weights.await_full(n)"
 _AWAIT_DONE = "    pipes.await_done(turn)"
 _WEIGH = "    bits = kept_bits(m, keys, scoring)"
 _SCORE = "    pipes.scores.await_empty(n)"
-_LEAVE = "    pipes.await_done(turn)"
 _TAKE_ITEM = "        place, spans = items.take(turn, mask, WARPS)"
 _TAKE_ITEM_WITHOUT_LOADER = "            place, spans = items.take(turn, mask, 4)"
 
@@ -136,7 +135,10 @@ DELAYED = (
         for w in (0, 1, 2)
     ),
     Mutant(
-        "late split gradients", "backward", (before("backward_split", _LEAVE, "late(turn + WG + 1)"),), "backward_split"
+        "late split gradients",
+        "backward",
+        (before("backward_split", _AWAIT_DONE, "late(turn + WG + 1)"),),
+        "backward_split",
     ),
 )
 

@@ -9,6 +9,10 @@ import torch
 from places import GPU
 from torch import Tensor
 
+pytest.importorskip("triton")
+
+from flashtile.backends.hopper import backward_configs, backward_epilogue, backward_pass, backward_prologue
+from flashtile.gpu import arguments
 from flashtile.problem import Call, Problem
 
 pytestmark = pytest.mark.skipif(GPU, reason="this process compiles Triton kernels; a GPU runs whole backwards")
@@ -24,8 +28,6 @@ def problem(dim: int, v_dim: int) -> Problem:
 
 
 def launch(kernel: Any, plan: Any, call: Call, tensors: tuple[Tensor, ...]) -> None:
-    from flashtile.gpu import arguments
-
     passed = (*tensors, *arguments.extras(call))
     kernel[(plan.programs,)](*passed, **{name: plan.values[name] for name in kernel.arg_names[len(passed) :]})
 
@@ -43,9 +45,6 @@ def as_it_leaves(dq: Tensor, columns: int) -> Tensor:
     [(40, 40, 64), (128, 128, 128), (160, 120, 192), (192, 128, 192), (192, 192, 256)],
 )
 def test_dq_is_read_as_it_was_added(dim: int, v_dim: int, columns: int) -> None:
-    pytest.importorskip("triton")
-    from flashtile.backends.hopper import backward_configs, backward_epilogue
-
     chosen = problem(dim, v_dim)
     assert backward_configs.accumulator_columns(chosen) == columns
     added = torch.randint(-100, 100, (2, HEADS, 128, columns)).float()
@@ -59,9 +58,6 @@ def test_dq_is_read_as_it_was_added(dim: int, v_dim: int, columns: int) -> None:
 
 @pytest.mark.parametrize(("dim", "v_dim"), [(128, 128), (192, 128)])
 def test_all_that_is_added_to_begins_with_zeros(dim: int, v_dim: int) -> None:
-    pytest.importorskip("triton")
-    from flashtile.backends.hopper import backward_pass, backward_prologue
-
     chosen = problem(dim, v_dim)
     q, out = (torch.zeros(2, ROWS, HEADS, width, dtype=torch.bfloat16) for width in (dim, v_dim))
     call, lse = Call(q, q, out), torch.zeros(2, HEADS, ROWS)

@@ -92,6 +92,8 @@ class TestWeigh:
         s = np.full((16, COLUMNS), -np.inf)
         s[:8] = np.random.default_rng(0).normal(0, 3, (8, COLUMNS))
         p, found, _, _ = check(code, s, NEVER)
+        lowest = -np.inf if code in KEEPING else np.finfo(np.float32).min
+        np.testing.assert_array_equal(found[8:], lowest)
         assert (p[8:] == 0).all()
         _, later, _, _ = check(code, np.random.default_rng(1).normal(0, 3, (16, COLUMNS)), found)
         assert (np.abs(later[8:]) < 30).all(), "a later tile finds their maxima"

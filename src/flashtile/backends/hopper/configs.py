@@ -122,7 +122,7 @@ _FOUR = (112, 24)
 FORWARD = (
     # 2 x 10 heads of 4096, full: 463, four groups 442
     Row(64, 0, Config(2, 128, 3, _TWO, query_stages=2, pieces=0), _few_rounds),
-    # 1.02 to 1.12 times as fast as with kept scores in two pieces; three groups and 128 keys in place: 560, this 574
+    # 1.01 to 1.12 times as fast as with kept scores; three groups and 128 keys in place: 560, this 574
     Row(64, 0, Config(4, 64, 4, _FOUR, query_stages=2, strips=True, pieces=0), _in_place),
     Row(64, 0, Config(4, 64, 4, _FOUR, query_stages=2, strips=True, pieces=2), _dense_without_left),
     # window of 1024: 312 us, four groups 340; dropout 302 and 243; softcap 369 and 374, which spills

@@ -211,7 +211,7 @@ class Places:
 
     @gluon.jit
     def read(self, work):
-        """Once the slot is full, or of the item before: (tile, sequence, head, search)."""
+        """(tile, sequence, head, search) of the slot's item. Consumers' once it is full, the producer's once empty."""
         at = work % self.STAGES * 4
         return self.words.read(at), self.words.read(at + 1), self.words.read(at + 2), self.words.read(at + 3)
 

@@ -61,9 +61,13 @@ def hopper_problems(few: bool) -> Iterator[Problem]:
     yield replace(causal, window_left=1000, **packed)
     latent = replace(causal, qk_dim=192, v_dim=128)
     yield latent
+    short = {"q_len": 1024, "k_len": 1024, "kv_heads": 16}
+    yield replace(causal, **short)
     yield replace(latent, dtype=torch.float16, dropout_p=0.1, window_left=1000, deterministic=True)
     if few:
         return
+    yield replace(latent, **short)
+    yield replace(causal, qk_dim=256, v_dim=256, window_left=1000, **short)
     yield replace(latent, window_right=None, table=True)
     yield replace(latent, alibi=True, **packed)
     yield replace(latent, dtype=torch.float16)

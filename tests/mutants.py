@@ -19,7 +19,14 @@ SOURCES = Path(__file__).parent.parent / "src" / "flashtile" / "backends" / "hop
 # Files that are copied for a direction, each after those that it imports; the last one has the kernel.
 COPIED = {
     "forward": ("forward_kernel",),
-    "backward": ("backward_step", "backward_wide", "backward_split", "backward_load", "backward_kernel"),
+    "backward": (
+        "backward_step",
+        "backward_wide",
+        "backward_split",
+        "backward_load",
+        "backward_turns",
+        "backward_kernel",
+    ),
 }
 
 # What every copy gets. `late` delays the calling warps irregularly, longer than a tile takes to arrive.
@@ -188,6 +195,18 @@ BETWEEN_ITEMS = Mutant(
     (
         Edit("backward_load", "ring.claim(number, ", "ring.expect(number, "),
         before("backward_kernel", _TAKE_SCORES, "sleep(2000)"),
+    ),
+)
+
+# Others must wait until a block of dQ that was claimed is stored, and do not.
+_STORE = "        store(dq_desc, [part * (C // 4), 0], slot)"
+LATE_STORES = Mutant("late stores", "backward", (before("backward_kernel", _STORE, "late(turn + 1)"),))
+UNAWAITED_STORES = Mutant(
+    "no wait for stores",
+    "backward",
+    (
+        before("backward_kernel", _STORE, "sleep(20000)"),
+        Edit("backward_turns", "while state == CLAIMED:", "while state > STORED:"),
     ),
 )
 

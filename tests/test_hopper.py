@@ -132,6 +132,34 @@ def test_counters_of_both_launches_are_cleared() -> None:
 
 
 @pytest.mark.parametrize(
+    ("changes", "cleared"),
+    [
+        ({"q_len": 2048}, False),
+        ({"q_len": 2049}, True),
+        ({"q_len": 2048, "qk_dim": 64}, False),
+        ({"q_len": 2048, "qk_dim": 64, "v_dim": 64}, True),
+        ({"q_len": 1024, "window_right": None}, True),
+        ({"q_len": 1024, "window_right": None, "table": True}, False),
+        ({"q_len": 1024, "deterministic": True}, True),
+        ({"q_len": 1024, "kv_heads": 8}, True),
+        ({"q_len": 10**6, "window_left": 2048}, False),
+        ({"q_len": 10**6, "window_left": 2000, "window_right": 100}, True),
+        ({"q_len": 10**6, "window_left": 100, "window_right": None}, True),
+        ({"q_len": 4096, "varlen": True, "total_q": 9, "total_k": 9}, False),
+        ({"q_len": 5000, "varlen": True, "total_q": 9, "total_k": 9}, True),
+    ],
+)
+def test_the_first_tile_stores_dq_where_walks_are_short(changes: dict[str, Any], cleared: bool) -> None:
+    from flashtile.backends.hopper import backward_pass
+
+    problem = replace(PLAIN, **{"kv_heads": 16, "window_right": 0, **changes})
+    assert backward_configs.cleared(problem) == cleared
+    rows, _, counters, _ = backward_pass._scratch(problem, torch.empty(0, device="meta"))
+    counted = problem.deterministic or not cleared
+    assert counters.numel() == 2 + (rows.shape[1] // 64 if counted else 0)
+
+
+@pytest.mark.parametrize(
     ("changes", "rotates"),
     [
         ({}, True),

@@ -20,11 +20,14 @@ pytestmark = pytest.mark.skipif(GPU, reason="this process compiles Triton kernel
 ROWS, HEADS = 100, 2
 
 
-def problem(dim: int, v_dim: int) -> Problem:
-    return Problem(
+def problem(dim: int, v_dim: int, right: int | None = None) -> Problem:
+    """right: None and the accumulator begins with zeros; 0, a causal mask, and its blocks are stored first."""
+    chosen = Problem(
         batch=2, q_len=ROWS, k_len=ROWS, q_heads=HEADS, kv_heads=HEADS, qk_dim=dim, v_dim=v_dim, dtype=torch.bfloat16,
-        device="cuda", capability=(9, 0), scale=0.5,
+        device="cuda", capability=(9, 0), scale=0.5, window_right=right,
     )  # fmt: skip
+    assert backward_configs.cleared(chosen) == (right is None)
+    return chosen
 
 
 def launch(kernel: Any, plan: Any, call: Call, tensors: tuple[Tensor, ...]) -> None:
@@ -49,16 +52,33 @@ def test_dq_is_read_as_it_was_added(dim: int, v_dim: int, columns: int) -> None:
     assert backward_configs.accumulator_columns(chosen) == columns
     added = torch.randint(-100, 100, (2, HEADS, 128, columns)).float()
     accumulated = as_it_leaves(added.flatten(0, 2), backward_configs.exit_columns(chosen))
-    dq = torch.full((2, ROWS, HEADS, dim), torch.nan, dtype=torch.bfloat16)
-    k, v = torch.zeros_like(dq), dq.new_zeros(2, ROWS, HEADS, v_dim)
-    call, tensors = Call(dq, k, v), (accumulated, dq, k, v)
-    launch(backward_epilogue.epilogue_kernel, backward_epilogue.prepare(chosen, call, tensors), call, tensors)
+    dq = read(chosen, accumulated, torch.zeros(2, dtype=torch.int32))
     assert torch.equal(dq.float(), 0.5 * added.transpose(1, 2)[:, :ROWS, :, :dim])
 
 
+def read(chosen: Problem, accumulated: Tensor, counters: Tensor) -> Tensor:
+    """dq as the epilogue makes it."""
+    dq = torch.full((2, ROWS, HEADS, chosen.qk_dim), torch.nan, dtype=torch.bfloat16)
+    k, v = torch.zeros_like(dq), dq.new_zeros(2, ROWS, HEADS, chosen.v_dim)
+    call, tensors = Call(dq, k, v), (accumulated, counters, dq, k, v)
+    launch(backward_epilogue.epilogue_kernel, backward_epilogue.prepare(chosen, call, tensors), call, tensors)
+    return dq
+
+
+def test_rows_to_which_nothing_was_written_have_no_gradient() -> None:
+    chosen = problem(128, 128, right=0)
+    added = torch.randint(-100, 100, (2, HEADS, 2, 64, 128)).float()
+    written = torch.tensor([[[3, 0], [3, 3]], [[0, 3], [0, 0]]], dtype=torch.int32)
+    accumulated = as_it_leaves(torch.where(written[..., None, None] > 0, added, torch.nan).flatten(0, 3), 64)
+    dq = read(chosen, accumulated, torch.cat([torch.zeros(2, dtype=torch.int32), written.flatten()]))
+    expected = torch.where(written[..., None, None] > 0, added, 0.0).flatten(2, 3)
+    assert torch.equal(dq.float(), 0.5 * expected.transpose(1, 2)[:, :ROWS])
+
+
 @pytest.mark.parametrize(("dim", "v_dim"), [(128, 128), (192, 128)])
-def test_all_that_is_added_to_begins_with_zeros(dim: int, v_dim: int) -> None:
-    chosen = problem(dim, v_dim)
+@pytest.mark.parametrize("right", [None, 0])
+def test_counters_begin_with_zeros_and_so_does_what_is_added_to(dim: int, v_dim: int, right: int | None) -> None:
+    chosen = problem(dim, v_dim, right)
     q, out = (torch.zeros(2, ROWS, HEADS, width, dtype=torch.bfloat16) for width in (dim, v_dim))
     call, lse = Call(q, q, out), torch.zeros(2, HEADS, ROWS)
     rows, accumulated, counters, sums = backward_pass._scratch(chosen, lse)
@@ -67,5 +87,6 @@ def test_all_that_is_added_to_begins_with_zeros(dim: int, v_dim: int) -> None:
     tensors = (out, out, lse, lse, rows, accumulated, counters, rows, sums)
     plan = backward_prologue.prepare(chosen, call, ("none", False), tensors)
     launch(backward_prologue.prologue_kernel, plan, call, tensors)
-    assert not accumulated.any()
     assert not counters.any()
+    assert counters.numel() == 2 + (right == 0) * 2 * HEADS * 2  # two blocks for each head
+    assert accumulated.isnan().all() if right == 0 else not accumulated.any()

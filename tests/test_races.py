@@ -1,6 +1,6 @@
 """Races in the Hopper kernels are looked for: repeated runs, warps that come late, and a planted race that is seen.
 
-Bits are compared, so the backward is the deterministic one.
+Bits are compared, so the backward is the deterministic one, but where a block of dQ is stored by whoever comes first.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from flashtile.masks import Causal, Window
 from flashtile.testing import Case, build, evaluate
 
 REPEATS = 250
+ROUNDING = 2e-4  # of dQ, whose float32 sums depend on their order in the last bits, and few in bfloat16
 FEW = 2  # programs, of which each takes several items
 
 # Several tiles of queries and of keys in each, and more turns than the rings have slots.
@@ -53,6 +55,19 @@ CASES = (
     ),
 )  # fmt: skip
 
+# The first tile of keys that comes to a block of dQ stores it: walks are short, and no order is asked for.
+FIRST = (
+    Case("first", "many tiles at a time", q_len=1000, k_len=1000, heads=8, dim=128, mask=Causal()),
+    Case("first-wide", "steps of one block", q_len=1000, k_len=1000, heads=8, dim=256, mask=Causal()),
+    Case("first-latent", "", q_len=1000, k_len=1000, heads=8, dim=192, v_dim=128, mask=Causal()),
+    Case(
+        "first-varlen", "rows that see nothing", q_lens=(300, 0, 700, 20), k_lens=(700, 90, 400, 200), heads=8, dim=128,
+        mask=Window(200, 50),
+    ),
+)  # fmt: skip
+
+OTHERS = (mutants.BETWEEN_ITEMS, mutants.LATE_STORES, mutants.UNAWAITED_STORES)
+
 on_gpu = [pytest.mark.gpu(seconds=60.0), on_hopper]
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
@@ -64,6 +79,11 @@ def results(case: Case) -> dict[str, Tensor]:
 def differing(found: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
     """Names of results that differ in a bit."""
     return [name for name, tensor in expected.items() if not torch.equal(found[name], tensor)]
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    """Relative, over all of a tensor."""
+    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
 @contextmanager
@@ -134,6 +154,27 @@ class TestOnHopper:
         assert set(wrong) >= ({"out", "lse"} if mutant.mode == "forward" else {"dq", "dk"})
         assert not differing(results(case), expected)
 
+    @pytest.mark.parametrize("case", FIRST, ids=str)
+    @pytest.mark.parametrize("at_most", [FEW, MULTIPROCESSORS])
+    def test_blocks_of_dq_are_stored_before_others_add(self, case: Case, at_most: int, tmp_path: Path) -> None:
+        inputs = build(case, torch.bfloat16, "cuda")
+        expected = evaluate(replace(case, deterministic=True), inputs, "hopper")
+        with programs(at_most):
+            for _ in range(REPEATS):
+                found = evaluate(case, inputs, "hopper")
+                assert differing(found, expected) in ([], ["dq"])
+                assert error(found["dq"], expected["dq"]) < ROUNDING
+        with mutants.planted(mutants.LATE_STORES, tmp_path), programs(at_most):
+            assert error(evaluate(case, inputs, "hopper")["dq"], expected["dq"]) < ROUNDING
+
+    @pytest.mark.parametrize("case", FIRST, ids=str)
+    def test_a_missing_wait_for_a_block_of_dq_is_seen(self, case: Case, tmp_path: Path) -> None:
+        expected = results(replace(case, deterministic=True))
+        with mutants.planted(mutants.UNAWAITED_STORES, tmp_path):
+            found = results(case)
+        assert differing(found, expected) == ["dq"]
+        assert error(found["dq"], expected["dq"]) > 100 * ROUNDING
+
     def test_a_missing_wait_between_items_is_seen(self, tmp_path: Path) -> None:
         case = next(case for case in CASES if case.dim == 128)  # where a warp of its own loads
         expected = results(case)
@@ -150,7 +191,7 @@ def test_the_comparison_sees_one_bit() -> None:
     assert differing({**zero, "lse": torch.tensor([0.0, torch.nan])}, zero) == ["lse"]
 
 
-@pytest.mark.parametrize("mutant", [*DELAYED, *UNSAFE, mutants.BETWEEN_ITEMS], ids=lambda mutant: mutant.name)
+@pytest.mark.parametrize("mutant", [*DELAYED, *UNSAFE, *OTHERS], ids=lambda mutant: mutant.name)
 def test_every_mutant_can_be_made(mutant: Mutant) -> None:
     """What it replaces stands in today's source, and each copy is Python that differs from the original."""
     texts = mutants.sources(mutant)

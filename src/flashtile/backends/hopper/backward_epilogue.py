@@ -33,11 +33,11 @@ def _blank(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def epilogue_kernel(
-    accumulated, dq, dk, dv, bias, slopes, sinks, cu_q, cu_k, lo, hi, rng, mailbox, stride_xb, stride_xm, stride_xh,
-    stride_xd, stride_zb, stride_zm, stride_zh, stride_zd, stride_wb, stride_wm, stride_wh, stride_wd, batch, heads,
-    group, max_q, total_q, total_k, padded, tiles, programs, section, scale, keep_scale,
+    accumulated, counters, dq, dk, dv, bias, slopes, sinks, cu_q, cu_k, lo, hi, rng, mailbox, stride_xb, stride_xm,
+    stride_xh, stride_xd, stride_zb, stride_zm, stride_zh, stride_zd, stride_wb, stride_wm, stride_wh, stride_wd, batch,
+    heads, group, max_q, total_q, total_k, padded, tiles, programs, section, scale, keep_scale,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, C: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, DV: tl.constexpr,
-    DIM_V: tl.constexpr, VARLEN: tl.constexpr, ALIGN: tl.constexpr,
+    DIM_V: tl.constexpr, VARLEN: tl.constexpr, ALIGN: tl.constexpr, CLEARED: tl.constexpr,
 ):  # fmt: skip
     stride_xb, stride_xm, stride_xh = stride_xb * ALIGN, stride_xm * ALIGN, stride_xh * ALIGN
     tile, bh = place(tl.program_id(0), tiles, programs, section)
@@ -58,13 +58,17 @@ def epilogue_kernel(
     first_row = tile * ROWS
     if first_row >= q_len:
         return
-    at = (scratch_row(b, h, heads, q_start, padded, VARLEN) + first_row).to(tl.int64) * COLUMNS
+    at = scratch_row(b, h, heads, q_start, padded, VARLEN) + first_row
+    written = True
+    if not CLEARED:
+        written = tl.load(counters + 2 + at // ROWS) > 0  # nothing lies there where rows see no key
+    at = at.to(tl.int64) * COLUMNS
     row = first_row + tl.arange(0, ROWS)
     line = (q_start + row).to(tl.int64)
     base = dq + b.to(tl.int64) * stride_xb + h.to(tl.int64) * stride_xh
     WIDTH: tl.constexpr = COLUMNS & -COLUMNS  # tensors are as large as a power of two
     for first in tl.static_range(0, COLUMNS, WIDTH):
-        x = tl.load(accumulated + at + ROWS * first + tl.arange(0, ROWS * WIDTH)) * (scale * keep_scale)
+        x = tl.load(accumulated + at + ROWS * first + tl.arange(0, ROWS * WIDTH), written, 0.0) * (scale * keep_scale)
         # part of the columns, column // 8, warp, row % 8, column % 8 // 2, row // 8 % 2, column % 2
         x = tl.reshape(x, [WIDTH // C, C // 8, 4, 8, 4, 2, 2])
         x = tl.permute(x, [2, 5, 3, 0, 1, 4, 6])
@@ -75,13 +79,13 @@ def epilogue_kernel(
 
 
 def run(launches: launch.Launches, problem: Problem, call: Call, tensors: tuple[Tensor, ...]) -> None:
-    """tensors: dq's accumulator, dq, dk, dv."""
+    """tensors: dq's accumulator, counters, dq, dk, dv."""
     launches.run(epilogue_kernel, (), tensors, lambda: prepare(problem, call, tensors))
 
 
 def prepare(problem: Problem, call: Call, tensors: tuple[Tensor, ...]) -> launch.Plan:
     """The launch of a problem."""
-    _, dq, dk, dv = tensors
+    _, _, dq, dk, dv = tensors
     tiles = max(1, triton.cdiv(problem.q_len, ROWS))  # one, so that rows of no sequence are cleared
     programs = (problem.batch + problem.varlen) * problem.q_heads
     dim, v_dim = backward_configs.widths(problem)
@@ -101,5 +105,6 @@ def prepare(problem: Problem, call: Call, tensors: tuple[Tensor, ...]) -> launch
         "DV": v_dim,
         "DIM_V": problem.v_dim,
         "VARLEN": problem.varlen,
+        "CLEARED": backward_configs.cleared(problem),
     }
     return launch.Plan(tiles * programs, values, {"num_warps": 4, "enable_fp_fusion": True}, lambda boxed: ())

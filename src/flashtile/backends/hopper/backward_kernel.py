@@ -23,10 +23,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from flashtile.backends.hopper.backward_load import Sources, load_items
 from flashtile.backends.hopper.backward_split import key_gradients, value_gradients
 from flashtile.backends.hopper.backward_step import BiasGradient, keys_of, walk
+from flashtile.backends.hopper.backward_turns import Turns
 from flashtile.backends.hopper.backward_wide import consume_keys, consume_values
 from flashtile.backends.hopper.backward_work import KEYS, RECORD, Items, Mask, Pipes, Scoring, steps_of, whole
 from flashtile.backends.hopper.descriptors import store_rows, swizzled
-from flashtile.backends.hopper.dialect import aggregate, barrier, reduce_add
+from flashtile.backends.hopper.dialect import barrier, reduce_add, store
 from flashtile.backends.hopper.lengths import Lengths
 from flashtile.backends.hopper.rings import Ring, barriers
 from flashtile.backends.hopper.tiles import accumulator
@@ -36,52 +37,29 @@ from flashtile.gpu.arguments import RUNTIME
 RUNTIME = [*RUNTIME, "stride_bb", "stride_bh", "stride_bm", "stride_gb", "stride_gh"]
 
 
-@aggregate
-class Turns:
-    """The order in which tiles of keys add to a block of dQ where it must not vary: the last tile first.
-
-    counters: for each block, how many tiles have added to it. Tiles are started in the same order, so that none waits
-    for one that cannot run. STEPS: blocks that are passed on together, for which the first one's counter stands.
-    """
-
-    counters: gl.tensor
-    ORDERED: gl.constexpr
-    STEPS: gl.constexpr
-
-    @gluon.jit
-    def await_turn(self, block, before):
-        """Waits until `before` tiles have added to a block."""
-        if self.ORDERED:
-            seen = gl.atomic_add(self.counters + block, 0, sem="acquire")
-            while seen < before:
-                seen = gl.atomic_add(self.counters + block, 0, sem="acquire")
-
-    @gluon.jit
-    def pass_on(self, block):
-        """Lets the next tile add to a block, once everything that was added here has reached memory."""
-        if self.ORDERED:
-            # Not tma.store_wait, which waits until shared memory has been read only.
-            gl.inline_asm_elementwise(
-                "cp.async.bulk.wait_group 0; mov.b32 $0, $1;", "=r,r", [block], dtype=gl.int32, is_pure=False, pack=1
-            )
-            barrier()
-            gl.atomic_add(self.counters + block, 1, sem="release")
-
-
 @gluon.jit
-def _leave(dq_desc, dq, part, turn, pipes):
-    """Part number `part` [64, C] of dQ starts on its way to the accumulator, through a slot known to be empty."""
+def _leave(dq_desc, dq, part, turn, first, pipes):
+    """Part number `part` [64, C] of dQ starts on its way to the accumulator, through a slot known to be empty: it is
+    stored where `first` says that nothing lies there yet, else added.
+    """
     C: gl.constexpr = dq.shape[1]
     slot = pipes.exits.index(turn % pipes.SLOTS)
     slot.store(dq.reshape([4, 2, 8, C // 8, 4, 2]).permute([3, 0, 2, 4, 1, 5]).reshape([C // 4, 256]))
     fence_async_shared()
     barrier()
-    reduce_add(dq_desc, [part * (C // 4), 0], slot)
+    if first:
+        store(dq_desc, [part * (C // 4), 0], slot)
+    else:
+        reduce_add(dq_desc, [part * (C // 4), 0], slot)
 
 
 @gluon.jit
-def _add(dq_desc, block, n, turn, pipes, FROM: gl.constexpr, TO: gl.constexpr, SENT: gl.constexpr):
+def _add(
+    dq_desc, block, n, turn, turns, seen, owed, pipes, FROM: gl.constexpr, TO: gl.constexpr, SENT: gl.constexpr
+):  # fmt: skip
     """dQ of step n, made from the dS of consumers FROM to TO, starts on its way to block `block` of the accumulator.
+    Returns the block where nothing lay there, or -1. seen: what is known of it; owed: the block that the step before
+    returned, of which others hear only now, when what was stored has had the time to reach memory.
 
     A [64, C] part of dQ lies there in the order of the accumulator's registers, so that its way through shared memory
     is 16 bytes wide and free of bank conflicts. SENT: copies that were started from dS's slot just before.
@@ -101,6 +79,8 @@ def _add(dq_desc, block, n, turn, pipes, FROM: gl.constexpr, TO: gl.constexpr, S
             else:
                 k = pipes.key_tile(turn, w).slice(part % COLUMNS * C, C, dim=1)
             running = warpgroup_mma(ds.permute((1, 0)), k, running, use_acc=w > FROM, is_async=True)
+        if part == 0:
+            turns.publish(owed)
         tma.store_wait(pipes.SLOTS - 1 + (SENT if part == 0 else 0))
         dq = warpgroup_mma_wait(0, deps=(running,))
         if part == PARTS - 1:
@@ -109,23 +89,26 @@ def _add(dq_desc, block, n, turn, pipes, FROM: gl.constexpr, TO: gl.constexpr, S
             pipes.scores.release(n)
         else:
             barrier()
+        if part == 0:
+            first = turns.is_first(block, seen)
         if LEAVING == C:
-            _leave(dq_desc, dq, place, n * PARTS + part, pipes)
+            _leave(dq_desc, dq, place, n * PARTS + part, first, pipes)
         else:
             left, right = dq.reshape([64, 2, LEAVING]).permute([0, 2, 1]).split()
-            _leave(dq_desc, left, 2 * place, 0, pipes)
+            _leave(dq_desc, left, 2 * place, 0, first, pipes)
             tma.store_wait(pipes.SLOTS - 1)
             barrier()
-            _leave(dq_desc, right, 2 * place + 1, 1, pipes)
+            _leave(dq_desc, right, 2 * place + 1, 1, first, pipes)
+    return gl.where(first, block, -1)
 
 
 @gluon.jit
 def _add_steps(
-    dq_desc, n, begin, end, g, furthest, origin, turns, sources, pipes, place, spans, mask, dbias, FROM: gl.constexpr,
-    TO: gl.constexpr, LOADS: gl.constexpr,
+    dq_desc, n, begin, end, g, furthest, owed, seen, origin, turns, sources, pipes, place, spans, mask, dbias,
+    FROM: gl.constexpr, TO: gl.constexpr, LOADS: gl.constexpr,
 ):  # fmt: skip
     """Steps begin to end of the g-th head. furthest: the last tile of keys that the steps before see, or this one;
-    origin: the item's first step.
+    origin: the item's first step; owed, seen: what _add wants to know.
     """
     first, last = whole(spans)
     base = place.block(g)
@@ -142,13 +125,15 @@ def _add_steps(
                 turns.await_turn(base + unit, furthest - place.tile)
         if dbias.KIND == "boxes":
             dbias.send(n, i * pipes.BLOCK_M, g, pipes, place, FROM, TO)
-        _add(dq_desc, base + i, n, place.turn, pipes, FROM, TO, TO - FROM if dbias.STORED else 0)
+        SENT: gl.constexpr = TO - FROM if dbias.STORED else 0
+        owed = _add(dq_desc, base + i, n, place.turn, turns, seen, owed, pipes, FROM, TO, SENT)
+        seen = turns.look(base + gl.minimum(i + 1, last - 1))
         if LOADS:
             ahead = n - origin + pipes.queries.STAGES
             if ahead < steps_of(place, spans):
                 sources.load_step(pipes, place, spans, ahead, origin + ahead)
         n += 1
-    return n, furthest
+    return n, furthest, owed, seen
 
 
 @gluon.jit
@@ -196,32 +181,35 @@ def _add_item(dq_desc, n, turns, sources, pipes, place, mask, dbias, spans, LOAD
     GROUPS: gl.constexpr = pipes.GROUPS
     first, last = whole(spans)
     origin = n
+    owed = gl.to_tensor(-1)
     for g in range(place.group if pipes.GROUPED else 1):
         furthest = place.tile
+        seen = turns.look(place.block(g) + first)
         begin = first
         if mask.KIND != "none" or mask.RAGGED:
             for w in gl.static_range(1, GROUPS):
                 end = spans[w][0]
-                n, furthest = _add_steps(
-                    dq_desc, n, begin, end, g, furthest, origin, turns, sources, pipes, place, spans, mask, dbias, 0,
-                    w, LOADS,
+                n, furthest, owed, seen = _add_steps(
+                    dq_desc, n, begin, end, g, furthest, owed, seen, origin, turns, sources, pipes, place, spans, mask,
+                    dbias, 0, w, LOADS,
                 )  # fmt: skip
                 begin = end
         end = spans[0][3]
-        n, furthest = _add_steps(
-            dq_desc, n, begin, end, g, furthest, origin, turns, sources, pipes, place, spans, mask, dbias, 0, GROUPS,
-            LOADS,
+        n, furthest, owed, seen = _add_steps(
+            dq_desc, n, begin, end, g, furthest, owed, seen, origin, turns, sources, pipes, place, spans, mask, dbias,
+            0, GROUPS, LOADS,
         )  # fmt: skip
         if mask.LEFT:
             for w in gl.static_range(1, GROUPS):
                 begin = end
                 end = spans[w][3]
-                n, furthest = _add_steps(
-                    dq_desc, n, begin, end, g, furthest, origin, turns, sources, pipes, place, spans, mask, dbias, w,
-                    GROUPS, LOADS,
+                n, furthest, owed, seen = _add_steps(
+                    dq_desc, n, begin, end, g, furthest, owed, seen, origin, turns, sources, pipes, place, spans, mask,
+                    dbias, w, GROUPS, LOADS,
                 )  # fmt: skip
         if last > first:
             turns.pass_on(place.block(g) + (last - 1) // turns.STEPS * turns.STEPS)
+    turns.publish(owed)
     return n
 
 
@@ -308,7 +296,7 @@ def backward_kernel(
     KIND: gl.constexpr, LEFT: gl.constexpr, RAGGED: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr,
     BIAS: gl.constexpr, BIAS_ALIGN: gl.constexpr, BIAS_STEP: gl.constexpr, BIAS_TILES: gl.constexpr,
     DROPOUT: gl.constexpr, ORDERED: gl.constexpr, DBIAS: gl.constexpr, DETERMINISTIC: gl.constexpr,
-    PRODUCTS: gl.constexpr, ROTATES: gl.constexpr, PANELS: gl.constexpr, MAKES: gl.constexpr,
+    CLEARED: gl.constexpr, PRODUCTS: gl.constexpr, ROTATES: gl.constexpr, PANELS: gl.constexpr, MAKES: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
     PANEL: gl.constexpr = k_desc.block_type.shape[-1]
@@ -358,7 +346,7 @@ def backward_kernel(
         GROUPS, BLOCK_M, D, DV, DIM, DIM_V, SLOTS, GROUPED, BIAS_TILES, ROTATES, PANELS, MAKES,
     )  # fmt: skip
     # Passing on takes a good part of a step. Under a left bound a tile may end within a pair that the next one skips.
-    turns = Turns(counters + 2, DETERMINISTIC, 1 if LEFT else 2)
+    turns = Turns(counters + 2, CLEARED, DETERMINISTIC, 1 if LEFT else 2)
     if GROUPS == 1:
         weights = Ring(ds_tiles, barriers(2, 1), read, 2)  # P, until dS takes its place
     fence_async_shared()

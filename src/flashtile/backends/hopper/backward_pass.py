@@ -75,7 +75,7 @@ def backward(
     for makes in backward_configs.launches(problem):
         launches.run(backward_kernel, boxed, tensors, partial(prepare, problem, call, boxed, ways, makes), makes)
 
-    backward_epilogue.run(launches, problem, call, (accumulated, dq, dk, dv))
+    backward_epilogue.run(launches, problem, call, (accumulated, counters, dq, dk, dv))
     if not launches.fit:
         _copy_back(grads, (dq, dk, dv))
     if dbias is not None:
@@ -93,7 +93,7 @@ def _scratch(problem: Problem, lse: Tensor) -> tuple[Tensor, Tensor, Tensor, Ten
     number, columns = _scratch_rows(problem)
     rows = lse.new_empty(3, number)
     accumulated = lse.new_empty(number * columns // 256, 256)
-    counters = lse.new_empty(2 + (number // 64 if problem.deterministic else 0), dtype=torch.int32)
+    counters = lse.new_empty(2 + (number // 64 if backward_configs.counts_blocks(problem) else 0), dtype=torch.int32)
     sums = rows
     if problem.sinks:
         sums = lse.new_empty(problem.batch, problem.q_heads, backward_prologue.tiles(problem))
@@ -180,6 +180,7 @@ def prepare(
         "RAGGED": problem.varlen or problem.k_len % config.block_n > 0,
         "ORDERED": problem.window_right is not None and problem.window_right <= 0,
         "DETERMINISTIC": problem.deterministic,
+        "CLEARED": backward_configs.cleared(problem),
         "ROTATES": config.rotates,
         "PANELS": 3 if config.panels else 1,
         "MAKES": makes,

@@ -76,7 +76,7 @@ def _launch(name: str, problem: Problem) -> _Launch:
         plan = backward_prologue.prepare(problem, call, (kind, False), tensors)
         return _Launch(backward_prologue.prologue_kernel, (), (*tensors, *extras), plan)
     if name == "epilogue":
-        tensors = (accumulated, q, k, v)
+        tensors = (accumulated, counters, q, k, v)
         plan = backward_epilogue.prepare(problem, call, tensors)
         return _Launch(backward_epilogue.epilogue_kernel, (), (*tensors, *extras), plan)
     bias, boxes = backward_pass.bias_boxes(problem, call, dbias if kind in ("tile", "summed") else None)

@@ -111,7 +111,7 @@ def cleared(problem: Problem) -> bool:
     many blocks before it, all others follow at its pace: causal, 1024 546 us with zeros and 476 without, 4096 1290 and
     1265, at head dim 256 695 and 634, 1737 and 1971; nothing gained at head dim 64, whose dQ group loads as well.
     """
-    if problem.deterministic or problem.group > 1 or configs.unmasked(problem):
+    if problem.deterministic or configs.unmasked(problem):
         return True
     longest = problem.q_len // 2 if problem.varlen else problem.q_len  # most packed sequences are shorter
     if problem.window_left is not None and problem.window_right is not None:

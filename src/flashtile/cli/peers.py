@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 import flashtile
-from flashtile import masks
 from flashtile.cli import machine
 from flashtile.cli.costs import score_bytes
 from flashtile.cli.workload import Inputs, Workload
@@ -145,13 +144,14 @@ def too_large(work: Workload, setting: Setting, matrices: float) -> str | None:
 
 
 class Flashtile:
-    """This package, with the backend that its dispatch chooses or one that is asked for."""
+    """This package, with the backend that its dispatch chooses or one that is asked for; or another version of it."""
 
     drops_alike = True
 
-    def __init__(self, backend: str | None = None) -> None:
+    def __init__(self, backend: str | None = None, package: Any = flashtile, name: str = "flashtile") -> None:
         self.backend = backend
-        self.name = "flashtile" if backend is None else f"flashtile:{backend}"
+        self.name = name if backend is None else f"{name}:{backend}"
+        self._package = package
 
     def refuses(self, work: Workload, setting: Setting) -> str | None:
         problem = work.problem(setting.dtype, setting.device, machine.capability(setting.device))
@@ -163,10 +163,10 @@ class Flashtile:
 
     def prepare(self, work: Workload, inputs: Inputs, backward: bool) -> Prepared:
         leaves = leaves_of(work, inputs, backward, heads_first=False)
-        mask: masks.Mask | None = None
+        mask = None
         if work.padding is not None:
             ends = torch.tensor(work.padding, device=inputs.q.device)[:, None].expand(-1, work.q_len).contiguous()
-            mask = masks.Intervals(torch.zeros_like(ends), ends)
+            mask = self._package.masks.Intervals(torch.zeros_like(ends), ends)
         bias = leaves.get("bias", inputs.bias)
         sinks = leaves.get("sinks")
 
@@ -185,9 +185,9 @@ class Flashtile:
             }
             q, k, v = leaves["q"], leaves["k"], leaves["v"]
             if inputs.cu_seqlens is None:
-                return flashtile.attention(q, k, v, **keywords)  # type: ignore[arg-type, return-value]
+                return self._package.attention(q, k, v, **keywords)
             packed = (inputs.cu_seqlens, inputs.cu_seqlens, work.q_len, work.k_len)
-            return flashtile.attention_varlen(q, k, v, *packed, **keywords)  # type: ignore[arg-type, return-value]
+            return self._package.attention_varlen(q, k, v, *packed, **keywords)
 
         return Prepared(call, leaves, inputs.dout)
 

@@ -25,6 +25,7 @@ COPIED = {
         "backward_split",
         "backward_load",
         "backward_turns",
+        "backward_reduce",
         "backward_kernel",
     ),
 }
@@ -89,7 +90,7 @@ _CLAIM_KEYS = "        full = pipes.keys.claim(n, pipes.PANELS * k_desc.block_ty
 _CLAIM_QUERIES = "        full = pipes.queries.claim(n, QUERY_BYTES + BIAS_BYTES)"
 _WALK = "    for tile in range(stop - 2, first - 1, -1):"
 _WAIT = "    q = pipes.queries.wait(n)"
-_TAKE_SCORES = "        pipes.scores.await_full(n)"
+_TAKE_SCORES = "            pipes.scores.await_full(n)"
 _HAND_OVER = "    pipes.scores_of(n, 0).store(handed)"
 _TAKE_OVER = "    weights.await_full(n)"
 _AWAIT_DONE = "    pipes.await_done(turn)"
@@ -113,22 +114,22 @@ DELAYED = (
         Mutant(f"late keys {w}", "backward", (before("backward_step", _WAIT, f"late(n * (WG == {w}))"),))
         for w in (0, 1)
     ),
-    Mutant("late dq", "backward", (after("backward_kernel", _TAKE_SCORES, "late(n)"),)),
+    Mutant("late dq", "backward", (after("backward_reduce", _TAKE_SCORES, "late(n)"),)),
     Mutant("late gradients", "backward", (before("backward_kernel", _AWAIT_DONE, "late(turn + WG + 1)"),)),
     Mutant(
         "late items",
         "backward",
         (
             before("backward_load", _TAKE_ITEM, "late(turn)"),
-            before("backward_kernel", _TAKE_ITEM_WITHOUT_LOADER, "late(turn)"),
+            before("backward_reduce", _TAKE_ITEM_WITHOUT_LOADER, "late(turn)"),
         ),
     ),
-    Mutant("late wide dq", "backward", (after("backward_kernel", _TAKE_SCORES, "late(n)"),), "backward_wide"),
+    Mutant("late wide dq", "backward", (after("backward_reduce", _TAKE_SCORES, "late(n)"),), "backward_wide"),
     Mutant("late weights", "backward", (before("backward_wide", _HAND_OVER, "late(n)"),), "backward_wide"),
     Mutant("late derivatives", "backward", (before("backward_wide", _TAKE_OVER, "late(n)"),), "backward_wide"),
     Mutant("late split loads", "backward", (before("backward_load", _CLAIM_QUERIES, "late(n)"),), "backward_split"),
     Mutant("late split items", "backward", (before("backward_load", _TAKE_ITEM, "late(turn)"),), "backward_split"),
-    Mutant("late split dq", "backward", (after("backward_kernel", _TAKE_SCORES, "late(n)"),), "backward_split"),
+    Mutant("late split dq", "backward", (after("backward_reduce", _TAKE_SCORES, "late(n)"),), "backward_split"),
     *(
         Mutant(
             f"late split consumer {w}",
@@ -194,18 +195,18 @@ BETWEEN_ITEMS = Mutant(
     "backward",
     (
         Edit("backward_load", "ring.claim(number, ", "ring.expect(number, "),
-        before("backward_kernel", _TAKE_SCORES, "sleep(2000)"),
+        before("backward_reduce", _TAKE_SCORES, "sleep(2000)"),
     ),
 )
 
 # Others must wait until a block of dQ that was claimed is stored, and do not.
-_STORE = "        store(dq_desc, [part * (C // 4), 0], slot)"
-LATE_STORES = Mutant("late stores", "backward", (before("backward_kernel", _STORE, "late(turn + 1)"),))
+_STORE = "            store(self.dq, [at * (C // 4), 0], tile)"
+LATE_STORES = Mutant("late stores", "backward", (before("backward_reduce", _STORE, "late(slot + 1)"),))
 UNAWAITED_STORES = Mutant(
     "no wait for stores",
     "backward",
     (
-        before("backward_kernel", _STORE, "sleep(20000)"),
+        before("backward_reduce", _STORE, "sleep(20000)"),
         Edit("backward_turns", "while state == CLAIMED:", "while state > STORED:"),
     ),
 )

@@ -12,22 +12,17 @@ the other, so dK and dV of grouped heads are summed in registers. Head dims abov
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 
 from flashtile.backends.hopper.backward_load import Sources, load_items
+from flashtile.backends.hopper.backward_reduce import Reduction, load_and_reduce_items, reduce_items
 from flashtile.backends.hopper.backward_split import key_gradients, value_gradients
 from flashtile.backends.hopper.backward_step import BiasGradient, keys_of, walk
 from flashtile.backends.hopper.backward_turns import Turns
 from flashtile.backends.hopper.backward_wide import consume_keys, consume_values
-from flashtile.backends.hopper.backward_work import KEYS, RECORD, Items, Mask, Pipes, Scoring, steps_of, whole
+from flashtile.backends.hopper.backward_work import KEYS, RECORD, Items, Mask, Pipes, Scoring, whole
 from flashtile.backends.hopper.descriptors import store_rows, swizzled
-from flashtile.backends.hopper.dialect import barrier, reduce_add, store
+from flashtile.backends.hopper.dialect import barrier
 from flashtile.backends.hopper.lengths import Lengths
 from flashtile.backends.hopper.rings import Ring, barriers
 from flashtile.backends.hopper.tiles import accumulator
@@ -35,182 +30,6 @@ from flashtile.backends.hopper.words import words
 from flashtile.gpu.arguments import RUNTIME
 
 RUNTIME = [*RUNTIME, "stride_bb", "stride_bh", "stride_bm", "stride_gb", "stride_gh"]
-
-
-@gluon.jit
-def _leave(dq_desc, dq, part, turn, first, pipes):
-    """Part number `part` [64, C] of dQ starts on its way to the accumulator, through a slot known to be empty: it is
-    stored where `first` says that nothing lies there yet, else added.
-    """
-    C: gl.constexpr = dq.shape[1]
-    slot = pipes.exits.index(turn % pipes.SLOTS)
-    slot.store(dq.reshape([4, 2, 8, C // 8, 4, 2]).permute([3, 0, 2, 4, 1, 5]).reshape([C // 4, 256]))
-    fence_async_shared()
-    barrier()
-    if first:
-        store(dq_desc, [part * (C // 4), 0], slot)
-    else:
-        reduce_add(dq_desc, [part * (C // 4), 0], slot)
-
-
-@gluon.jit
-def _add(
-    dq_desc, block, n, turn, turns, seen, owed, pipes, FROM: gl.constexpr, TO: gl.constexpr, SENT: gl.constexpr
-):  # fmt: skip
-    """dQ of step n, made from the dS of consumers FROM to TO, starts on its way to block `block` of the accumulator.
-    Returns the block where nothing lay there, or -1. seen: what is known of it; owed: the block that the step before
-    returned, of which others hear only now, when what was stored has had the time to reach memory.
-
-    A [64, C] part of dQ lies there in the order of the accumulator's registers, so that its way through shared memory
-    is 16 bytes wide and free of bank conflicts. SENT: copies that were started from dS's slot just before.
-    """
-    C: gl.constexpr = min(pipes.D, 64)
-    LEAVING: gl.constexpr = pipes.exits.shape[1] * 4
-    ROWS: gl.constexpr = pipes.BLOCK_M // 64
-    COLUMNS: gl.constexpr = (pipes.DIM + C - 1) // C
-    PARTS: gl.constexpr = ROWS * COLUMNS
-    for part in gl.static_range(PARTS):
-        place = (block * ROWS + part // COLUMNS) * (pipes.D // C) + part % COLUMNS
-        running = gl.zeros([64, C], gl.float32, accumulator(C))
-        for w in gl.static_range(FROM, TO):
-            ds = pipes.scores_of(n, w).slice(part // COLUMNS * 64, 64, dim=1)
-            if pipes.PANELS > 1:
-                k = pipes.key_panel(turn, w, part % COLUMNS)
-            else:
-                k = pipes.key_tile(turn, w).slice(part % COLUMNS * C, C, dim=1)
-            running = warpgroup_mma(ds.permute((1, 0)), k, running, use_acc=w > FROM, is_async=True)
-        if part == 0:
-            turns.publish(owed)
-        tma.store_wait(pipes.SLOTS - 1 + (SENT if part == 0 else 0))
-        dq = warpgroup_mma_wait(0, deps=(running,))
-        if part == PARTS - 1:
-            if SENT > 0:
-                tma.store_wait(PARTS - 1)
-            pipes.scores.release(n)
-        else:
-            barrier()
-        if part == 0:
-            first = turns.is_first(block, seen)
-        if LEAVING == C:
-            _leave(dq_desc, dq, place, n * PARTS + part, first, pipes)
-        else:
-            left, right = dq.reshape([64, 2, LEAVING]).permute([0, 2, 1]).split()
-            _leave(dq_desc, left, 2 * place, 0, first, pipes)
-            tma.store_wait(pipes.SLOTS - 1)
-            barrier()
-            _leave(dq_desc, right, 2 * place + 1, 1, first, pipes)
-    return gl.where(first, block, -1)
-
-
-@gluon.jit
-def _add_steps(
-    dq_desc, n, begin, end, g, furthest, owed, seen, origin, turns, sources, pipes, place, spans, mask, dbias,
-    FROM: gl.constexpr, TO: gl.constexpr, LOADS: gl.constexpr,
-):  # fmt: skip
-    """Steps begin to end of the g-th head. furthest: the last tile of keys that the steps before see, or this one;
-    origin: the item's first step; owed, seen: what _add wants to know.
-    """
-    first, last = whole(spans)
-    base = place.block(g)
-    for i in range(begin, end):
-        pipes.scores.await_full(n)
-        if turns.ORDERED:
-            unit = i // turns.STEPS * turns.STEPS
-            if (i == unit) | (i == first):
-                # Only now, when what was added on the step before has had the time to reach memory.
-                if i > first:
-                    turns.pass_on(base + unit - turns.STEPS)
-                end_of_unit = gl.minimum(unit + turns.STEPS, last) - 1
-                furthest = mask.furthest_tile(furthest, end_of_unit, place)
-                turns.await_turn(base + unit, furthest - place.tile)
-        if dbias.KIND == "boxes":
-            dbias.send(n, i * pipes.BLOCK_M, g, pipes, place, FROM, TO)
-        SENT: gl.constexpr = TO - FROM if dbias.STORED else 0
-        owed = _add(dq_desc, base + i, n, place.turn, turns, seen, owed, pipes, FROM, TO, SENT)
-        seen = turns.look(base + gl.minimum(i + 1, last - 1))
-        if LOADS:
-            ahead = n - origin + pipes.queries.STAGES
-            if ahead < steps_of(place, spans):
-                sources.load_step(pipes, place, spans, ahead, origin + ahead)
-        n += 1
-    return n, furthest, owed, seen
-
-
-@gluon.jit
-def _reduce(dq_desc, turns, sources, pipes, items, mask, dbias, LOADS: gl.constexpr):
-    """Makes dQ of each step from the dS of the consumers whose keys its rows see, and adds it up in memory.
-
-    LOADS: it also takes the items and loads what the others need, some steps ahead.
-    """
-    n = 0
-    turn = 0
-    if LOADS:
-        place, spans = items.take(turn, mask, 4)
-    else:
-        place, spans = items.wait(turn)
-    while place.tile >= 0:
-        if LOADS:
-            sources.load_first(pipes, place, spans, turn, n)
-            for step in range(1, gl.minimum(steps_of(place, spans), pipes.queries.STAGES)):
-                sources.load_step(pipes, place, spans, step, n + step)
-        pipes.keys.await_full(pipes.of_keys(turn))
-        n = _add_item(dq_desc, n, turns, sources, pipes, place, mask, dbias, spans, LOADS)
-        mbarrier.arrive(pipes.done.index(turn % 2), count=1)
-        if dbias.STORED and (mask.KIND != "none" or mask.RAGGED):
-            dbias.blank(pipes, place, spans)
-        tma.store_wait(0)
-        turn += 1
-        if LOADS:
-            place, spans = items.take(turn, mask, 4)
-        else:
-            place, spans = items.wait(turn)
-
-
-@gluon.jit
-def _load_and_reduce(dq_desc, turns, sources, pipes, items, mask, dbias):
-    """Both roles in one warp group, where three consumers leave no registers for another; without dQ only the first."""
-    if pipes.MAKES == "values":
-        load_items(sources, pipes, items, mask, 4)
-    else:
-        _reduce(dq_desc, turns, sources, pipes, items, mask, dbias, True)
-
-
-@gluon.jit
-def _add_item(dq_desc, n, turns, sources, pipes, place, mask, dbias, spans, LOADS: gl.constexpr):
-    """All steps of an item from step n on; the step after them."""
-    GROUPS: gl.constexpr = pipes.GROUPS
-    first, last = whole(spans)
-    origin = n
-    owed = gl.to_tensor(-1)
-    for g in range(place.group if pipes.GROUPED else 1):
-        furthest = place.tile
-        seen = turns.look(place.block(g) + first)
-        begin = first
-        if mask.KIND != "none" or mask.RAGGED:
-            for w in gl.static_range(1, GROUPS):
-                end = spans[w][0]
-                n, furthest, owed, seen = _add_steps(
-                    dq_desc, n, begin, end, g, furthest, owed, seen, origin, turns, sources, pipes, place, spans, mask,
-                    dbias, 0, w, LOADS,
-                )  # fmt: skip
-                begin = end
-        end = spans[0][3]
-        n, furthest, owed, seen = _add_steps(
-            dq_desc, n, begin, end, g, furthest, owed, seen, origin, turns, sources, pipes, place, spans, mask, dbias,
-            0, GROUPS, LOADS,
-        )  # fmt: skip
-        if mask.LEFT:
-            for w in gl.static_range(1, GROUPS):
-                begin = end
-                end = spans[w][3]
-                n, furthest, owed, seen = _add_steps(
-                    dq_desc, n, begin, end, g, furthest, owed, seen, origin, turns, sources, pipes, place, spans, mask,
-                    dbias, w, GROUPS, LOADS,
-                )  # fmt: skip
-        if last > first:
-            turns.pass_on(place.block(g) + (last - 1) // turns.STEPS * turns.STEPS)
-    turns.publish(owed)
-    return n
 
 
 @gluon.jit
@@ -352,11 +171,12 @@ def backward_kernel(
     fence_async_shared()
     barrier()
     sources = Sources(q_desc, k_desc, v_desc, do_desc, rows_desc, bias_desc, stride_bb, stride_bh)
+    reduction = Reduction(dq_desc, turns, sources, pipes, mask, bias_gradient, GROUPS == 3)
     # Consumers come as workers: in the default partition the compiler keeps more addresses in registers than there are.
     if GROUPS == 1:
         gl.warp_specialize(
             [
-                (_reduce, (dq_desc, turns, sources, pipes, items, mask, bias_gradient, False)),
+                (reduce_items, (reduction, items)),
                 (consume_values, (dv_desc, pipes, weights, items, mask, scoring)),
                 (consume_keys, (dk_desc, pipes, weights, items, mask, scoring, bias_gradient)),
                 (load_items, (sources, pipes, items, mask, 1)),
@@ -367,7 +187,7 @@ def backward_kernel(
     elif GROUPS == 2:
         gl.warp_specialize(
             [
-                (_reduce, (dq_desc, turns, sources, pipes, items, mask, bias_gradient, False)),
+                (reduce_items, (reduction, items)),
                 (_consume, (dk_desc, dv_desc, pipes, items, mask, scoring, bias_gradient, 0)),
                 (_consume, (dk_desc, dv_desc, pipes, items, mask, scoring, bias_gradient, 1)),
                 (load_items, (sources, pipes, items, mask, 1)),
@@ -378,7 +198,7 @@ def backward_kernel(
     else:
         gl.warp_specialize(
             [
-                (_load_and_reduce, (dq_desc, turns, sources, pipes, items, mask, bias_gradient)),
+                (load_and_reduce_items, (reduction, items)),
                 (_consume, (dk_desc, dv_desc, pipes, items, mask, scoring, bias_gradient, 0)),
                 (_consume, (dk_desc, dv_desc, pipes, items, mask, scoring, bias_gradient, 1)),
                 (_consume, (dk_desc, dv_desc, pipes, items, mask, scoring, bias_gradient, 2)),

@@ -1,0 +1,194 @@
+"""The role of the backward on Hopper that makes dQ from what the consumers leave, and writes it to its accumulator."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from flashtile.backends.hopper.backward_load import Sources, load_items
+from flashtile.backends.hopper.backward_step import BiasGradient
+from flashtile.backends.hopper.backward_turns import Turns
+from flashtile.backends.hopper.backward_work import Mask, Pipes, steps_of, whole
+from flashtile.backends.hopper.dialect import aggregate, barrier, reduce_add, store
+from flashtile.backends.hopper.tiles import accumulator
+
+
+@aggregate
+class Reduction:
+    """What makes dQ: the accumulator, who writes to it when, and what comes and leaves on the way.
+
+    LOADS: the same warp group takes the items and loads what the others need, some steps ahead.
+    """
+
+    dq: tma.tensor_descriptor
+    turns: Turns
+    sources: Sources
+    pipes: Pipes
+    mask: Mask
+    dbias: BiasGradient
+    LOADS: gl.constexpr
+
+    @gluon.jit
+    def add_item(self, n, place, spans):
+        """dQ of all steps of an item, from step n on; the step after them."""
+        GROUPS: gl.constexpr = self.pipes.GROUPS
+        first, last = whole(spans)
+        origin = n
+        owed = gl.to_tensor(-1)
+        for g in range(place.group if self.pipes.GROUPED else 1):
+            known = place.tile, owed, self.turns.look(place.block(g) + first)
+            begin = first
+            if self.mask.KIND != "none" or self.mask.RAGGED:
+                for w in gl.static_range(1, GROUPS):
+                    end = spans[w][0]
+                    n, known = self._add_steps(n, begin, end, g, known, origin, place, spans, 0, w)
+                    begin = end
+            end = spans[0][3]
+            n, known = self._add_steps(n, begin, end, g, known, origin, place, spans, 0, GROUPS)
+            if self.mask.LEFT:
+                for w in gl.static_range(1, GROUPS):
+                    begin = end
+                    end = spans[w][3]
+                    n, known = self._add_steps(n, begin, end, g, known, origin, place, spans, w, GROUPS)
+            _, owed, _ = known
+            if last > first:
+                self.turns.pass_on(place.block(g) + (last - 1) // self.turns.STEPS * self.turns.STEPS)
+        self.turns.publish(owed)
+        return n
+
+    @gluon.jit
+    def _add_steps(self, n, begin, end, g, known, origin, place, spans, FROM: gl.constexpr, TO: gl.constexpr):
+        """Steps begin to end of the g-th head, from the dS of consumers FROM to TO. origin: the item's first step.
+
+        known: the last tile of keys that the steps before see, or this one; and owed and seen, see `_add`.
+        """
+        first, last = whole(spans)
+        furthest, owed, seen = known
+        turns, pipes, dbias = self.turns, self.pipes, self.dbias
+        base = place.block(g)
+        for i in range(begin, end):
+            pipes.scores.await_full(n)
+            if turns.ORDERED:
+                unit = i // turns.STEPS * turns.STEPS
+                if (i == unit) | (i == first):
+                    # Only now, when what was added on the step before has had the time to reach memory.
+                    if i > first:
+                        turns.pass_on(base + unit - turns.STEPS)
+                    end_of_unit = gl.minimum(unit + turns.STEPS, last) - 1
+                    furthest = self.mask.furthest_tile(furthest, end_of_unit, place)
+                    turns.await_turn(base + unit, furthest - place.tile)
+            if dbias.KIND == "boxes":
+                dbias.send(n, i * pipes.BLOCK_M, g, pipes, place, FROM, TO)
+            owed = self._add(base + i, n, place.turn, owed, seen, FROM, TO)
+            seen = turns.look(base + gl.minimum(i + 1, last - 1))
+            if self.LOADS:
+                ahead = n - origin + pipes.queries.STAGES
+                if ahead < steps_of(place, spans):
+                    self.sources.load_step(pipes, place, spans, ahead, origin + ahead)
+            n += 1
+        return n, (furthest, owed, seen)
+
+    @gluon.jit
+    def _add(self, block, n, turn, owed, seen, FROM: gl.constexpr, TO: gl.constexpr):
+        """dQ of step n, from the dS of consumers FROM to TO, starts on its way to block `block` of the accumulator.
+        Returns the block where nothing lay there, or -1.
+
+        owed: what the step before returned, of which others hear only now, when what was stored has had the time to
+        reach memory. seen: what was seen of the block a while ago. A [64, C] part of dQ lies there in the order of the
+        product's registers, so that its way through shared memory is 16 bytes wide and free of bank conflicts.
+        """
+        pipes = self.pipes
+        C: gl.constexpr = min(pipes.D, 64)
+        LEAVING: gl.constexpr = pipes.exits.shape[1] * 4
+        ROWS: gl.constexpr = pipes.BLOCK_M // 64
+        COLUMNS: gl.constexpr = (pipes.DIM + C - 1) // C
+        PARTS: gl.constexpr = ROWS * COLUMNS
+        SENT: gl.constexpr = TO - FROM if self.dbias.STORED else 0  # copies that dbias.send started from dS's slot
+        for part in gl.static_range(PARTS):
+            at = (block * ROWS + part // COLUMNS) * (pipes.D // C) + part % COLUMNS
+            running = gl.zeros([64, C], gl.float32, accumulator(C))
+            for w in gl.static_range(FROM, TO):
+                ds = pipes.scores_of(n, w).slice(part // COLUMNS * 64, 64, dim=1)
+                if pipes.PANELS > 1:
+                    k = pipes.key_panel(turn, w, part % COLUMNS)
+                else:
+                    k = pipes.key_tile(turn, w).slice(part % COLUMNS * C, C, dim=1)
+                running = warpgroup_mma(ds.permute((1, 0)), k, running, use_acc=w > FROM, is_async=True)
+            if part == 0:
+                self.turns.publish(owed)
+            tma.store_wait(pipes.SLOTS - 1 + (SENT if part == 0 else 0))
+            dq = warpgroup_mma_wait(0, deps=(running,))
+            if part == PARTS - 1:
+                if SENT > 0:
+                    tma.store_wait(PARTS - 1)
+                pipes.scores.release(n)
+            else:
+                barrier()
+            if part == 0:
+                is_first = self.turns.is_first(block, seen)
+            if LEAVING == C:
+                self._leave(dq, at, n * PARTS + part, is_first)
+            else:
+                left, right = dq.reshape([64, 2, LEAVING]).permute([0, 2, 1]).split()
+                self._leave(left, 2 * at, 0, is_first)
+                tma.store_wait(pipes.SLOTS - 1)
+                barrier()
+                self._leave(right, 2 * at + 1, 1, is_first)
+        return gl.where(is_first, block, -1)
+
+    @gluon.jit
+    def _leave(self, dq, at, slot, is_first):
+        """Part number `at` [64, C] of dQ starts on its way to the accumulator, through a slot known to be empty: it is
+        stored where `is_first` says that nothing lies there yet, else added.
+        """
+        C: gl.constexpr = dq.shape[1]
+        tile = self.pipes.exits.index(slot % self.pipes.SLOTS)
+        tile.store(dq.reshape([4, 2, 8, C // 8, 4, 2]).permute([3, 0, 2, 4, 1, 5]).reshape([C // 4, 256]))
+        fence_async_shared()
+        barrier()
+        if is_first:
+            store(self.dq, [at * (C // 4), 0], tile)
+        else:
+            reduce_add(self.dq, [at * (C // 4), 0], tile)
+
+
+@gluon.jit
+def reduce_items(reduction, items):
+    """Makes dQ of each step from the dS of the consumers whose keys its rows see, and adds it up in memory."""
+    sources, pipes, mask, dbias = reduction.sources, reduction.pipes, reduction.mask, reduction.dbias
+    n = 0
+    turn = 0
+    if reduction.LOADS:
+        place, spans = items.take(turn, mask, 4)
+    else:
+        place, spans = items.wait(turn)
+    while place.tile >= 0:
+        if reduction.LOADS:
+            sources.load_first(pipes, place, spans, turn, n)
+            for step in range(1, gl.minimum(steps_of(place, spans), pipes.queries.STAGES)):
+                sources.load_step(pipes, place, spans, step, n + step)
+        pipes.keys.await_full(pipes.of_keys(turn))
+        n = reduction.add_item(n, place, spans)
+        mbarrier.arrive(pipes.done.index(turn % 2), count=1)
+        if dbias.STORED and (mask.KIND != "none" or mask.RAGGED):
+            dbias.blank(pipes, place, spans)
+        tma.store_wait(0)
+        turn += 1
+        if reduction.LOADS:
+            place, spans = items.take(turn, mask, 4)
+        else:
+            place, spans = items.wait(turn)
+
+
+@gluon.jit
+def load_and_reduce_items(reduction, items):
+    """Both roles in one warp group, where three consumers leave no registers for another; without dQ only the first."""
+    if reduction.pipes.MAKES == "values":
+        load_items(reduction.sources, reduction.pipes, items, reduction.mask, 4)
+    else:
+        reduce_items(reduction, items)

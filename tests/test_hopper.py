@@ -139,7 +139,9 @@ def test_counters_of_both_launches_are_cleared() -> None:
         ({"q_len": 2048, "qk_dim": 64}, False),
         ({"q_len": 2048, "qk_dim": 64, "v_dim": 64}, True),
         ({"q_len": 1024, "window_right": None}, True),
-        ({"q_len": 1024, "window_right": None, "table": True}, False),
+        ({"q_len": 1024, "window_right": None, "table": True}, True),
+        ({"q_len": 1024, "k_len": 1000}, False),
+        ({"q_len": 1024, "k_len": 1025}, True),
         ({"q_len": 1024, "deterministic": True}, True),
         ({"q_len": 10**6, "window_left": 2048}, False),
         ({"q_len": 10**6, "window_left": 2000, "window_right": 100}, True),
@@ -151,7 +153,7 @@ def test_counters_of_both_launches_are_cleared() -> None:
 def test_the_first_tile_stores_dq_where_walks_are_short(changes: dict[str, Any], cleared: bool) -> None:
     from flashtile.backends.hopper import backward_pass
 
-    problem = replace(PLAIN, **{"window_right": 0, **changes})
+    problem = replace(PLAIN, **{"window_right": 0, "k_len": changes["q_len"], **changes})
     assert backward_configs.cleared(problem) == cleared
     rows, _, counters, _ = backward_pass._scratch(problem, torch.empty(0, device="meta"))
     counted = problem.deterministic or not cleared

@@ -107,15 +107,17 @@ def exit_columns(problem: Problem) -> int:
 def cleared(problem: Problem) -> bool:
     """True where dQ's accumulator begins with zeros; else the first tile of keys that comes to a block stores it.
 
-    Under a mask tiles come one after the other, and whoever leads says block by block that others may add. Where it has
-    many before it, all follow at its pace: causal, head dim 128, 1024 546 us with zeros and 476 without, 4096 1269 and
-    1255, 256 696 and 634, 1737 and 1971. Nothing is gained at head dim 64, whose dQ group loads as well: 571 and 571.
+    Where each tile begins a few rows after the one before, only whoever leads has to say, block by block, that others
+    may add. Where it has many before it, all follow at its pace: causal, head dim 128, 1024 546 us with zeros and 476
+    without, 4096 1269 and 1255, 256 696 and 634, 1737 and 1971. Nothing is gained at head dim 64, whose dQ group loads
+    as well: 571 and 571.
     """
-    if problem.deterministic or configs.unmasked(problem):
+    left, right = problem.window_left, problem.window_right
+    if problem.deterministic or problem.table or right is None or problem.k_len > problem.q_len:
         return True
     longest = problem.q_len // 2 if problem.varlen else problem.q_len  # most packed sequences are shorter
-    if problem.window_left is not None and problem.window_right is not None:
-        longest = min(longest, problem.window_left + problem.window_right)
+    if left is not None:
+        longest = min(longest, left + right)
     return max(widths(problem)) <= 64 or longest > _LONG_WALK
 
 

@@ -26,7 +26,7 @@ from flashtile.masks import Causal, Window
 from flashtile.testing import Case, build, evaluate
 
 REPEATS = 250
-ROUNDING = 2e-4  # of dQ, whose float32 sums depend on their order in the last bits, and few in bfloat16
+ROUNDING = 5e-5  # of dQ, whose float32 sums depend on their order in the last bits; under a mask 2e-5 was seen
 FEW = 2  # programs, of which each takes several items
 
 # Several tiles of queries and of keys in each, and more turns than the rings have slots.

@@ -12,8 +12,6 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("typer")
-
 from flashtile.cli import roster
 
 ROOT = Path(__file__).parent.parent

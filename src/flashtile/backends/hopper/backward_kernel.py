@@ -4,8 +4,8 @@
                              dS^T = P^T (dP^T - delta_i)     dK += dS^T Q_i        dQ_i += dS K
 
 Three roles (docs/kernels/hopper_backward.md has the drawing): a warp loads; two consumer warp groups of 64 keys each
-make S, P, dP and dS and keep dK and dV in their registers; one warp group makes dQ from the dS of both and adds it to
-a float32 accumulator in memory, by TMA. The query heads that share the key-value head are walked through one after
+make S, P, dP and dS and keep dK and dV in their registers; one warp group makes dQ from the dS of both, for a float32
+accumulator in memory (backward_reduce.py). The query heads that share the key-value head are walked through one after
 the other, so dK and dV of grouped heads are summed in registers. Head dims above 128 have consumers of their own
 (backward_wide.py, backward_split.py), where values are narrower in a launch for dK and dQ and one for dV.
 """

@@ -31,7 +31,10 @@ class Turns:
 
     @gluon.jit
     def look(self, block):
-        """Asks for the state of a block. The answer, for `is_first`, is on its way meanwhile."""
+        """Asks for the state of a block. The answer, for `is_first`, is on its way meanwhile.
+
+        It acquires nothing: what follows is an addition by TMA, made in the cache that the answer came from.
+        """
         if self.CLEARED:
             return 0
         else:

@@ -211,6 +211,16 @@ UNAWAITED_STORES = Mutant(
     ),
 )
 
+# Tiles of keys that are to add to a block of dQ first come last, and nobody waits for them.
+UNAWAITED_TURNS = Mutant(
+    "no wait for turns",
+    "backward",
+    (
+        after("backward_reduce", _TAKE_SCORES, "sleep(2000 * place.tile)"),
+        Edit("backward_turns", "while count < before:", "while count < before - 1000:"),
+    ),
+)
+
 
 def sources(mutant: Mutant) -> dict[str, str]:
     """The changed text of each copied file. Raises LookupError where a text to be replaced does not occur."""

@@ -86,11 +86,11 @@ def test_tiles_of_the_backward(dim: int, v_dim: int, keys: int, widths: tuple[in
 @pytest.mark.parametrize(
     ("changes", "launches"),
     [
-        ({}, ("keys", "values")),
-        ({"qk_dim": 136, "v_dim": 72, "dtype": torch.float16, "dropout_p": 0.1}, ("keys", "values")),
-        ({"alibi": True, "sinks": True, "deterministic": True, "window_left": 100}, ("keys", "values")),
-        ({"varlen": True, "total_q": 9, "total_k": 9}, ("keys", "values")),
-        ({"table": True}, ("keys", "values")),
+        ({}, ("values", "keys")),
+        ({"qk_dim": 136, "v_dim": 72, "dtype": torch.float16, "dropout_p": 0.1}, ("values", "keys")),
+        ({"alibi": True, "sinks": True, "deterministic": True, "window_left": 100}, ("values", "keys")),
+        ({"varlen": True, "total_q": 9, "total_k": 9}, ("values", "keys")),
+        ({"table": True}, ("values", "keys")),
         ({"softcap": 3.0}, ("both",)),
         ({"bias": "boolean", "bias_shape": (1, 1, 1, 4096)}, ("both",)),
         ({"bias": "additive", "bias_shape": (2, 16, 4096, 4096)}, ("both",)),
@@ -342,6 +342,9 @@ def test_weights_take_their_scores_place_where_that_pays(changes: dict[str, Any]
         ({"window_right": 0, "kv_heads": 16, "q_len": 16384, "k_len": 16384}, 1),
         ({"window_right": 0, "kv_heads": 16, "deterministic": True}, 1),
         ({"window_right": 0, "deterministic": True}, 2),
+        ({"window_right": 0, "kv_heads": 16, "qk_dim": 256, "v_dim": 256, "deterministic": True}, 2),
+        ({"window_right": 0, "kv_heads": 16, "qk_dim": 256, "v_dim": 256, "q_len": 16384, "deterministic": True}, 1),
+        ({"window_right": 0, "kv_heads": 16, "qk_dim": 192, "deterministic": True}, 1),
     ],
 )
 def test_heads_whose_keys_start_side_by_side(changes: dict[str, Any], heads: int) -> None:
@@ -350,6 +353,41 @@ def test_heads_whose_keys_start_side_by_side(changes: dict[str, Any], heads: int
     problem = replace(PLAIN, **changes)
     tiles = -(-problem.k_len // backward_configs.pick(problem).block_n)
     assert backward_pass._section(problem, tiles) == heads
+
+
+@pytest.mark.parametrize(
+    ("changes", "blocks"),
+    [
+        ({}, 2),
+        ({"window_right": 0}, 2),
+        ({"window_left": 100, "window_right": 0}, 1),
+        ({"table": True}, 1),
+        ({"qk_dim": 256}, 2),
+        ({"qk_dim": 256, "window_right": 0}, 1),
+        ({"qk_dim": 256, "window_right": 0, "q_len": 8192}, 2),
+        ({"qk_dim": 192, "window_right": 0}, 2),
+    ],
+)
+def test_blocks_of_dq_passed_on_together(changes: dict[str, Any], blocks: int) -> None:
+    assert backward_configs.turn(replace(PLAIN, **changes)) == 0
+    assert backward_configs.turn(replace(PLAIN, deterministic=True, **changes)) == blocks
+
+
+@pytest.mark.parametrize(
+    ("changes", "kernel"),
+    [
+        ({}, "prologue"),
+        ({"window_right": 0, "q_len": 2048, "k_len": 2048}, "none"),
+        ({"qk_dim": 192}, "values"),
+        ({"qk_dim": 192, "window_right": 0, "deterministic": True}, "values"),
+        ({"qk_dim": 192, "window_right": 0, "q_len": 2048, "k_len": 2048}, "none"),
+        ({"qk_dim": 192, "softcap": 3.0}, "prologue"),
+    ],
+)
+def test_one_kernel_clears_dq_or_none(changes: dict[str, Any], kernel: str) -> None:
+    problem = replace(PLAIN, **changes)
+    assert backward_configs.cleared_by(problem) == kernel
+    assert backward_configs.cleared(problem) == (kernel != "none")
 
 
 def test_heavier_calls_get_smaller_tiles() -> None:

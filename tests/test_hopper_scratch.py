@@ -89,4 +89,6 @@ def test_counters_begin_with_zeros_and_so_does_what_is_added_to(dim: int, v_dim:
     launch(backward_prologue.prologue_kernel, plan, call, tensors)
     assert not counters.any()
     assert counters.numel() == 2 + (right == 0) * 2 * HEADS * 2  # two blocks for each head
-    assert accumulated.isnan().all() if right == 0 else not accumulated.any()
+    # 192 columns with values of 128 begin with zeros from the launch that makes dV, which only a GPU can run.
+    untouched = right == 0 or dim > v_dim
+    assert accumulated.isnan().all() if untouched else not accumulated.any()

@@ -66,7 +66,7 @@ FIRST = (
     ),
 )  # fmt: skip
 
-OTHERS = (mutants.BETWEEN_ITEMS, mutants.LATE_STORES, mutants.UNAWAITED_STORES)
+OTHERS = (mutants.BETWEEN_ITEMS, mutants.LATE_STORES, mutants.UNAWAITED_STORES, mutants.UNAWAITED_TURNS)
 
 on_gpu = [pytest.mark.gpu(seconds=60.0), on_hopper]
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
@@ -174,6 +174,12 @@ class TestOnHopper:
             found = results(case)
         assert differing(found, expected) == ["dq"]
         assert error(found["dq"], expected["dq"]) > 100 * ROUNDING
+
+    @pytest.mark.parametrize("case", [case for case in CASES if case.deterministic], ids=str)
+    def test_a_missing_wait_for_a_turn_is_seen(self, case: Case, tmp_path: Path) -> None:
+        expected = results(case)
+        with mutants.planted(mutants.UNAWAITED_TURNS, tmp_path):
+            assert differing(results(case), expected) == ["dq"]
 
     def test_a_missing_wait_between_items_is_seen(self, tmp_path: Path) -> None:
         case = next(case for case in CASES if case.dim == 128)  # where a warp of its own loads

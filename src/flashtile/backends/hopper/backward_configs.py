@@ -85,7 +85,7 @@ def widths(problem: Problem) -> tuple[int, int]:
 
 def launches(problem: Problem) -> tuple[str, ...]:
     """What each launch of the main kernel makes: dK and dQ of "keys", dV of "values", or "both"."""
-    return ("keys", "values") if _narrow_values(problem) else ("both",)
+    return ("values", "keys") if _narrow_values(problem) else ("both",)
 
 
 def kernel_name(makes: str) -> str:
@@ -121,6 +121,26 @@ def cleared(problem: Problem) -> bool:
     return max(widths(problem)) <= 64 or longest > _LONG_WALK
 
 
+def cleared_by(problem: Problem) -> str:
+    """The kernel that clears dQ's accumulator: the "prologue", the launch that makes "values", or "none"."""
+    if not cleared(problem):
+        return "none"
+    return "values" if "values" in launches(problem) else "prologue"
+
+
+def turn(problem: Problem) -> int:
+    """Blocks of dQ that a tile of keys passes on together to the next one in a deterministic call; 0 in others.
+
+    Passing on takes a good part of a step. Under a left bound a tile may end within a pair that the next one skips.
+    Tiles of 64 keys meet so often that in short walks the next one's wait counts more: causal, head dim 256, 1024 1044
+    us in pairs and 956 one by one, 8192 4304 and 4487.
+    """
+    if not problem.deterministic:
+        return 0
+    short = pick(problem).groups == 1 and not configs.unmasked(problem) and problem.q_len <= 2 * _LONG_WALK
+    return 1 if problem.table or problem.window_left is not None or short else 2
+
+
 def counts_blocks(problem: Problem) -> bool:
     """True where a number is kept for each block of dQ: see backward_turns.py."""
     return problem.deterministic or not cleared(problem)
@@ -152,8 +172,8 @@ def _serves(row: Row, problem: Problem, bias_tiles: bool) -> bool:
 
 
 def pick(problem: Problem, bias_tiles: bool = False, makes: str = "") -> Config:
-    """Tiles and roles of the backward kernel. bias_tiles: a bias comes by TMA; makes: one of the `launches`, the first
-    if none is named.
+    """Tiles and roles of the backward kernel. bias_tiles: a bias comes by TMA; makes: one of the `launches`, the
+    one of dQ if none is named.
     """
     if makes == "values":
         return VALUES

@@ -14,6 +14,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 
+from flashtile.backends.hopper.backward_clear import Clearing
 from flashtile.backends.hopper.backward_load import Sources, load_items
 from flashtile.backends.hopper.backward_reduce import Reduction, load_and_reduce_items, reduce_items
 from flashtile.backends.hopper.backward_split import key_gradients, value_gradients
@@ -114,7 +115,7 @@ def backward_kernel(
     CONSUME_REGISTERS: gl.constexpr, LOAD_REGISTERS: gl.constexpr, GROUPED: gl.constexpr, VARLEN: gl.constexpr,
     KIND: gl.constexpr, LEFT: gl.constexpr, RAGGED: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr,
     BIAS: gl.constexpr, BIAS_ALIGN: gl.constexpr, BIAS_STEP: gl.constexpr, BIAS_TILES: gl.constexpr,
-    DROPOUT: gl.constexpr, ORDERED: gl.constexpr, DBIAS: gl.constexpr, DETERMINISTIC: gl.constexpr,
+    DROPOUT: gl.constexpr, ORDERED: gl.constexpr, DBIAS: gl.constexpr, TURN: gl.constexpr,
     CLEARED: gl.constexpr, PRODUCTS: gl.constexpr, ROTATES: gl.constexpr, PANELS: gl.constexpr, MAKES: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
@@ -125,7 +126,7 @@ def backward_kernel(
     counter = counters + (1 if MAKES == "values" else 0)  # each launch counts its own items
     items = Items(
         counter, words(2 * RECORD), barriers(2, 1), lengths, rows, heads, group, padded, scratch, tiles, programs,
-        section, DETERMINISTIC, BLOCK_M, GROUPS, PRODUCTS,
+        section, TURN > 0, BLOCK_M, GROUPS, PRODUCTS,
     )  # fmt: skip
     mask = Mask(first_rows, end_rows, stride_tb, left, right, KIND, LEFT, RAGGED)
     scoring = Scoring(
@@ -157,6 +158,10 @@ def backward_kernel(
     exits = row_tiles  # stands in where dQ is not made
     if MAKES != "values":
         exits = gl.allocate_shared_memory(gl.float32, [SLOTS, dq_desc.block_type.shape[0], 256], dq_desc.layout)
+    clearing = Clearing(dq_desc, exits, scratch, False)
+    if MAKES == "values" and CLEARED:
+        zeros = gl.allocate_shared_memory(gl.float32, dq_desc.block_type.shape, dq_desc.layout)
+        clearing = Clearing(dq_desc, zeros, scratch // 64 * PANELS, True)
     empty = barriers(STAGES, 2 if GROUPS == 1 else GROUPS)
     read = barriers(2, 1)
     pipes = Pipes(
@@ -164,8 +169,7 @@ def backward_kernel(
         Ring(do_tiles, barriers(STAGES, 1), empty, STAGES), biases, Ring(ds_tiles, barriers(2, GROUPS), read, 2), exits,
         GROUPS, BLOCK_M, D, DV, DIM, DIM_V, SLOTS, GROUPED, BIAS_TILES, ROTATES, PANELS, MAKES,
     )  # fmt: skip
-    # Passing on takes a good part of a step. Under a left bound a tile may end within a pair that the next one skips.
-    turns = Turns(counters + 2, CLEARED, DETERMINISTIC, 1 if LEFT else 2)
+    turns = Turns(counters + 2, CLEARED, TURN, TURN > 0 and GROUPS == 2)
     if GROUPS == 1:
         weights = Ring(ds_tiles, barriers(2, 1), read, 2)  # P, until dS takes its place
     fence_async_shared()
@@ -179,7 +183,7 @@ def backward_kernel(
                 (reduce_items, (reduction, items)),
                 (consume_values, (dv_desc, pipes, weights, items, mask, scoring)),
                 (consume_keys, (dk_desc, pipes, weights, items, mask, scoring, bias_gradient)),
-                (load_items, (sources, pipes, items, mask, 1)),
+                (load_items, (sources, pipes, items, mask, clearing, 1)),
             ],
             [4, 4, 1],
             [CONSUME_REGISTERS, CONSUME_REGISTERS, LOAD_REGISTERS],
@@ -190,7 +194,7 @@ def backward_kernel(
                 (reduce_items, (reduction, items)),
                 (_consume, (dk_desc, dv_desc, pipes, items, mask, scoring, bias_gradient, 0)),
                 (_consume, (dk_desc, dv_desc, pipes, items, mask, scoring, bias_gradient, 1)),
-                (load_items, (sources, pipes, items, mask, 1)),
+                (load_items, (sources, pipes, items, mask, clearing, 1)),
             ],
             [4, 4, 1],
             [CONSUME_REGISTERS, CONSUME_REGISTERS, LOAD_REGISTERS],
@@ -198,7 +202,7 @@ def backward_kernel(
     else:
         gl.warp_specialize(
             [
-                (load_and_reduce_items, (reduction, items)),
+                (load_and_reduce_items, (reduction, items, clearing)),
                 (_consume, (dk_desc, dv_desc, pipes, items, mask, scoring, bias_gradient, 0)),
                 (_consume, (dk_desc, dv_desc, pipes, items, mask, scoring, bias_gradient, 1)),
                 (_consume, (dk_desc, dv_desc, pipes, items, mask, scoring, bias_gradient, 2)),

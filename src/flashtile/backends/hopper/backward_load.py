@@ -89,8 +89,10 @@ def _load_keys(desc, ring, place, number, PANELS: gl.constexpr):
 
 
 @gluon.jit
-def load_items(sources, pipes, items, mask, WARPS: gl.constexpr):
+def load_items(sources, pipes, items, mask, clearing, WARPS: gl.constexpr):
     """Takes the program's items, and loads whatever the others need. WARPS: of the role."""
+    clearing.begin()
+    cleared = 0
     n = 0
     turn = 0
     place, spans = items.take(turn, mask, WARPS)
@@ -99,7 +101,10 @@ def load_items(sources, pipes, items, mask, WARPS: gl.constexpr):
         steps = steps_of(place, spans)
         for step in range(1, steps):
             sources.load_step(pipes, place, spans, step, n + step)
+            clearing.clear(cleared)
+            cleared += 1
         n += steps
         turn += 1
         # Only now: an item that waits for its program may be what all others wait for in the end.
         place, spans = items.take(turn, mask, WARPS)
+    clearing.finish(cleared)

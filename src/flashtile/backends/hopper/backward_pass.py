@@ -179,7 +179,7 @@ def prepare(
         "GROUPED": problem.group > 1,
         "RAGGED": problem.varlen or problem.k_len % config.block_n > 0,
         "ORDERED": problem.window_right is not None and problem.window_right <= 0,
-        "DETERMINISTIC": problem.deterministic,
+        "TURN": backward_configs.turn(problem),
         "CLEARED": backward_configs.cleared(problem),
         "ROTATES": config.rotates,
         "PANELS": 3 if config.panels else 1,
@@ -200,16 +200,19 @@ def _section(problem: Problem, tiles: int) -> int:
         # All tiles of a head meet at its first rows and leave them one after the other: too few for all processors to
         # find work there, unless further heads have some (2048 rows: 415 with two heads, 477 with nine).
         return 1 + -(-configs.MULTIPROCESSORS // tiles)
-    if problem.deterministic and max(problem.qk_dim, problem.v_dim) > 128:
-        return 3  # tiles of 64 keys meet more often: causal, 4096: 306, one head 259
+    # A program of grouped heads goes through one after the other, so that two of a group are in use.
+    rows = problem.q_len * (problem.qk_dim * 6 + problem.v_dim * 2) * (2 if problem.group > 1 else 1)
+    fitting = max(1, _SECTION_BYTES // max(1, rows))
+    if problem.deterministic and backward_configs.pick(problem).groups == 1:
+        # Tiles of 64 keys meet more often: causal, 4096 2482 us with one head, 2461 with two, 2515 with three; 16384,
+        # where one head's rows fit, 7870, and 13932 with three.
+        return min(2, fitting)
     if problem.deterministic:
         return 2 if problem.group > 1 else 1
     if arguments.mask_kind(problem) == "none" or 4 * tiles >= 3 * configs.MULTIPROCESSORS:
         return 1  # all tiles are alike, or those of one head occupy the processors
-    # The longest tiles of several heads first, and less waits at the end, as long as their rows fit the L2 cache. A
-    # program of grouped heads goes through one after the other, so that two of a group are in use.
-    rows = problem.q_len * (problem.qk_dim * 6 + problem.v_dim * 2) * (2 if problem.group > 1 else 1)
-    return max(1, min(_SIDE_BY_SIDE, _SECTION_BYTES // max(1, rows)))
+    # The longest tiles of several heads first, and less waits at the end, as long as their rows fit the L2 cache.
+    return min(_SIDE_BY_SIDE, fitting)
 
 
 def _bias_gradient_strides(problem: Problem, kind: str) -> tuple[int, int]:

@@ -33,7 +33,7 @@ def prologue_kernel(
     stride_ob, stride_om, stride_oh, stride_od, stride_yb, stride_ym, stride_yh, stride_yd, batch, heads, max_q,
     total_q, padded, scratch, tiles, programs, section, keep_scale,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DIM_V: tl.constexpr, DV: tl.constexpr, VARLEN: tl.constexpr,
-    SINKS: tl.constexpr, DLSE: tl.constexpr, DBIAS: tl.constexpr, BLOCKS: tl.constexpr, CLEARED: tl.constexpr,
+    SINKS: tl.constexpr, DLSE: tl.constexpr, DBIAS: tl.constexpr, BLOCKS: tl.constexpr, CLEARS: tl.constexpr,
     DROPOUT: tl.constexpr, ALIGN: tl.constexpr, PRODUCTS: tl.constexpr,
 ):  # fmt: skip
     stride_ob, stride_om, stride_oh = stride_ob * ALIGN, stride_om * ALIGN, stride_oh * ALIGN
@@ -85,7 +85,7 @@ def prologue_kernel(
         # The sum of dS = P (dP - delta) over all keys: P sums to 1 less the sink's share, P dP to dO O.
         total = tl.where(lse_row == float("inf"), 0.0, product - delta * (1.0 - weight))
         tl.store(dbias + (b * heads + h) * max_q + row, total, mask=inside)
-    if CLEARED:
+    if CLEARS:
         WIDTH: tl.constexpr = COLUMNS & -COLUMNS  # tensors are as large as a power of two
         zeros = tl.zeros([ROWS * WIDTH], tl.float32)
         for first in tl.static_range(0, ROWS * COLUMNS, ROWS * WIDTH):
@@ -141,7 +141,7 @@ def prepare(problem: Problem, call: Call, variant: tuple[Any, ...], tensors: tup
         "DLSE": dlse,
         "DBIAS": kind,
         "BLOCKS": backward_configs.counts_blocks(problem),
-        "CLEARED": backward_configs.cleared(problem),
+        "CLEARS": backward_configs.cleared_by(problem) == "prologue",
         "DROPOUT": problem.dropout_p > 0,
     }
     return launch.Plan(tiles(problem) * programs, values, {"num_warps": 4, "enable_fp_fusion": True}, lambda boxed: ())

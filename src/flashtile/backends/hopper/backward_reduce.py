@@ -37,11 +37,11 @@ class Reduction:
     def add_item(self, n, place, spans):
         """dQ of all steps of an item, from step n on; the step after them."""
         GROUPS: gl.constexpr = self.pipes.GROUPS
-        first, last = whole(spans)
+        first, _ = whole(spans)
         origin = n
         owed = gl.to_tensor(-1)
         for g in range(place.group if self.pipes.GROUPED else 1):
-            known = place.tile, owed, self.turns.look(place.block(g) + first)
+            known = place.tile, owed, 0 if self.turns.STEPS > 0 else self.turns.look(place.block(g) + first)
             begin = first
             if self.mask.KIND != "none" or self.mask.RAGGED:
                 for w in gl.static_range(1, GROUPS):
@@ -55,10 +55,8 @@ class Reduction:
                     begin = end
                     end = spans[w][3]
                     n, known = self._add_steps(n, begin, end, g, known, origin, place, spans, w, GROUPS)
-            _, owed, _ = known
-            if last > first:
-                self.turns.pass_on(place.block(g) + (last - 1) // self.turns.STEPS * self.turns.STEPS)
-        self.turns.publish(owed)
+            owed = known[1]
+        self.turns.pass_on(owed)
         return n
 
     @gluon.jit
@@ -72,20 +70,21 @@ class Reduction:
         turns, pipes, dbias = self.turns, self.pipes, self.dbias
         base = place.block(g)
         for i in range(begin, end):
-            pipes.scores.await_full(n)
-            if turns.ORDERED:
-                unit = i // turns.STEPS * turns.STEPS
-                if (i == unit) | (i == first):
-                    # Only now, when what was added on the step before has had the time to reach memory.
-                    if i > first:
-                        turns.pass_on(base + unit - turns.STEPS)
-                    end_of_unit = gl.minimum(unit + turns.STEPS, last) - 1
+            gate, due, before = turns.unit(base + i), owed, gl.to_tensor(0)
+            if turns.STEPS > 0:
+                due = gl.to_tensor(-1)
+                if (base + i == gate) | (i == first):
+                    due, owed = owed, gate
+                    end_of_unit = gl.minimum(gate - base + turns.STEPS, last) - 1
                     furthest = self.mask.furthest_tile(furthest, end_of_unit, place)
-                    turns.await_turn(base + unit, furthest - place.tile)
+                    before = furthest - place.tile
+            pipes.scores.await_full(n)
             if dbias.KIND == "boxes":
                 dbias.send(n, i * pipes.BLOCK_M, g, pipes, place, FROM, TO)
-            owed = self._add(base + i, n, place.turn, owed, seen, FROM, TO)
-            seen = turns.look(base + gl.minimum(i + 1, last - 1))
+            is_first = self._add(base + i, n, place.turn, due, seen, before, FROM, TO)
+            if turns.STEPS == 0:
+                owed = gl.where(is_first, base + i, -1)
+                seen = turns.look(base + gl.minimum(i + 1, last - 1))
             if self.LOADS:
                 ahead = n - origin + pipes.queries.STAGES
                 if ahead < steps_of(place, spans):
@@ -94,14 +93,16 @@ class Reduction:
         return n, (furthest, owed, seen)
 
     @gluon.jit
-    def _add(self, block, n, turn, owed, seen, FROM: gl.constexpr, TO: gl.constexpr):
+    def _add(self, block, n, turn, due, seen, before, FROM: gl.constexpr, TO: gl.constexpr):
         """dQ of step n, from the dS of consumers FROM to TO, starts on its way to block `block` of the accumulator.
-        Returns the block where nothing lay there, or -1.
+        Returns whether it was stored, for nothing lay there.
 
-        owed: what the step before returned, of which others hear only now, when what was stored has had the time to
-        reach memory. seen: what was seen of the block a while ago. A [64, C] part of dQ lies there in the order of the
-        product's registers, so that its way through shared memory is 16 bytes wide and free of bank conflicts.
+        due: what others hear only now may be added to, when what was written there has had the time to reach memory; or
+        -1. seen: what was seen of the block a while ago. before: how many tiles add to it first in a fixed order. A
+        [64, C] part of dQ lies there in the order of the product's registers, so that its way through shared memory is
+        16 bytes wide and free of bank conflicts.
         """
+        turns = self.turns
         pipes = self.pipes
         C: gl.constexpr = min(pipes.D, 64)
         LEAVING: gl.constexpr = pipes.exits.shape[1] * 4
@@ -109,6 +110,10 @@ class Reduction:
         COLUMNS: gl.constexpr = (pipes.DIM + C - 1) // C
         PARTS: gl.constexpr = ROWS * COLUMNS
         SENT: gl.constexpr = TO - FROM if self.dbias.STORED else 0  # copies that dbias.send started from dS's slot
+        AT_ONCE: gl.constexpr = turns.STEPS > 0 and self.LOADS
+        if AT_ONCE:
+            turns.pass_on(due)
+            turns.await_turn(turns.unit(block), seen, before)
         for part in gl.static_range(PARTS):
             at = (block * ROWS + part // COLUMNS) * (pipes.D // C) + part % COLUMNS
             running = gl.zeros([64, C], gl.float32, accumulator(C))
@@ -119,8 +124,10 @@ class Reduction:
                 else:
                     k = pipes.key_tile(turn, w).slice(part % COLUMNS * C, C, dim=1)
                 running = warpgroup_mma(ds.permute((1, 0)), k, running, use_acc=w > FROM, is_async=True)
-            if part == 0:
-                self.turns.publish(owed)
+            if part == 0 and not AT_ONCE:
+                if turns.ASKS_AHEAD:
+                    seen = turns.look(turns.unit(block))
+                turns.pass_on(due)
             tma.store_wait(pipes.SLOTS - 1 + (SENT if part == 0 else 0))
             dq = warpgroup_mma_wait(0, deps=(running,))
             if part == PARTS - 1:
@@ -130,7 +137,9 @@ class Reduction:
             else:
                 barrier()
             if part == 0:
-                is_first = self.turns.is_first(block, seen)
+                is_first = turns.is_first(block, seen)
+                if turns.STEPS > 0 and not AT_ONCE:
+                    turns.await_turn(turns.unit(block), seen, before)
             if LEAVING == C:
                 self._leave(dq, at, n * PARTS + part, is_first)
             else:
@@ -139,7 +148,7 @@ class Reduction:
                 tma.store_wait(pipes.SLOTS - 1)
                 barrier()
                 self._leave(right, 2 * at + 1, 1, is_first)
-        return gl.where(is_first, block, -1)
+        return is_first
 
     @gluon.jit
     def _leave(self, dq, at, slot, is_first):
@@ -186,9 +195,9 @@ def reduce_items(reduction, items):
 
 
 @gluon.jit
-def load_and_reduce_items(reduction, items):
+def load_and_reduce_items(reduction, items, clearing):
     """Both roles in one warp group, where three consumers leave no registers for another; without dQ only the first."""
     if reduction.pipes.MAKES == "values":
-        load_items(reduction.sources, reduction.pipes, items, reduction.mask, 4)
+        load_items(reduction.sources, reduction.pipes, items, reduction.mask, clearing, 4)
     else:
         reduce_items(reduction, items)

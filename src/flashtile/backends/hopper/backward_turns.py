@@ -17,25 +17,31 @@ STORED = gl.constexpr(3)
 
 @aggregate
 class Turns:
-    """What the warp group that makes dQ asks before it writes to a block.
+    """What the warp group that makes dQ asks before it writes to a block, and says afterwards.
 
-    blocks: a number for each. CLEARED: blocks begin with zeros; else it is one of the states above. ORDERED: it is how
-    many tiles have added, the last tile first; they are started in that order, so that none waits for one that cannot
-    run. STEPS: blocks that are passed on together there, for which the first one's number stands.
+    blocks: a number for each. CLEARED: blocks begin with zeros; else it is one of the states above. STEPS: blocks that
+    are passed on together in a fixed order, 0 where there is none. The number of the first one is how many tiles have
+    added to them, the last tile first; tiles are started in that order, so that none waits for one that cannot run.
+    ASKS_AHEAD: whether a turn is asked for before the product whose result needs it.
     """
 
     blocks: gl.tensor
     CLEARED: gl.constexpr
-    ORDERED: gl.constexpr
     STEPS: gl.constexpr
+    ASKS_AHEAD: gl.constexpr
+
+    @gluon.jit
+    def unit(self, block):
+        """The block whose number stands for a block's."""
+        return block // self.STEPS * self.STEPS if self.STEPS > 0 else block
 
     @gluon.jit
     def look(self, block):
-        """Asks for the state of a block. The answer, for `is_first`, is on its way meanwhile.
+        """Asks for the number of a block. The answer, for those below, is on its way meanwhile.
 
         It acquires nothing: what follows is an addition by TMA, made in the cache that the answer came from.
         """
-        if self.CLEARED:
+        if self.CLEARED and not self.ASKS_AHEAD:
             return 0
         else:
             LINE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
@@ -58,27 +64,22 @@ class Turns:
             return state == 0
 
     @gluon.jit
-    def publish(self, block):
-        """Lets others add to a block that was stored here; below 0: none was."""
-        if not self.CLEARED:
-            if block >= 0:
-                await_writes(block)
-                barrier()
-                # Relaxed it arrives before what was stored, once in a while.
-                gl.atomic_or(self.blocks + block, STORED, sem="release")
-
-    @gluon.jit
-    def await_turn(self, block, before):
-        """Waits until `before` tiles have added to a block."""
-        if self.ORDERED:
-            seen = gl.atomic_add(self.blocks + block, 0, sem="acquire")
-            while seen < before:
-                seen = gl.atomic_add(self.blocks + block, 0, sem="acquire")
+    def await_turn(self, block, seen, before):
+        """Waits until `before` tiles have added to a block, if any are to. seen: what `look` answered, if it asked."""
+        if before > 0:
+            count = gl.max(seen, 0) if self.ASKS_AHEAD else gl.to_tensor(0)
+            while count < before:
+                count = gl.atomic_add(self.blocks + block, 0, sem="acquire")
 
     @gluon.jit
     def pass_on(self, block):
-        """Lets the next tile add to a block, once everything that was added here has reached memory."""
-        if self.ORDERED:
-            await_writes(block)
-            barrier()
-            gl.atomic_add(self.blocks + block, 1, sem="release")
+        """Lets others add to a block, once everything that was written here has reached memory; below 0: to none."""
+        if self.STEPS > 0 or not self.CLEARED:
+            if block >= 0:
+                await_writes(block)
+                barrier()
+                # Relaxed it arrives before what was written, once in a while.
+                if self.STEPS > 0:
+                    gl.atomic_add(self.blocks + block, 1, sem="release")
+                else:
+                    gl.atomic_or(self.blocks + block, STORED, sem="release")

@@ -1,0 +1,42 @@
+"""Zeros for dQ's accumulator from a launch that does not add to it: under its products, memory has little to do."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
+
+from flashtile.backends.hopper.dialect import aggregate, barrier, store
+
+
+@aggregate
+class Clearing:
+    """What is cleared: `boxes` boxes of dQ's accumulator, one with each step of a program. zeros: memory for one."""
+
+    dq: tma.tensor_descriptor
+    zeros: gl.shared_memory_descriptor
+    boxes: gl.tensor
+    ACTIVE: gl.constexpr
+
+    @gluon.jit
+    def begin(self):
+        """Fills the shared memory with zeros. For four warps, as the rest."""
+        if self.ACTIVE:
+            LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [4, 1], [1, 0])
+            self.zeros.store(gl.full(self.zeros.shape, 0.0, gl.float32, LAYOUT))
+            fence_async_shared()
+            barrier()
+
+    @gluon.jit
+    def clear(self, number):
+        """Clears the program's box of that number, if there is one."""
+        if self.ACTIVE:
+            box = number * gl.num_programs(0) + gl.program_id(0)
+            if box < self.boxes:
+                store(self.dq, [box * self.zeros.shape[0], 0], self.zeros)
+
+    @gluon.jit
+    def finish(self, number):
+        """Clears the program's boxes from that number on, and waits for all."""
+        if self.ACTIVE:
+            for rest in range(number, gl.cdiv(self.boxes, gl.num_programs(0))):
+                self.clear(rest)
+            tma.store_wait(0)

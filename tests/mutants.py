@@ -206,7 +206,7 @@ UNAWAITED_STORES = Mutant(
     "no wait for stores",
     "backward",
     (
-        before("backward_reduce", _STORE, "sleep(20000)"),
+        before("backward_reduce", _STORE, "sleep(1000 * at)"),  # the next tile, a few blocks behind, sleeps less
         Edit("backward_turns", "while state == CLAIMED:", "while state > STORED:"),
     ),
 )
@@ -216,7 +216,7 @@ UNAWAITED_TURNS = Mutant(
     "no wait for turns",
     "backward",
     (
-        after("backward_reduce", _TAKE_SCORES, "sleep(2000 * place.tile)"),
+        after("backward_reduce", _TAKE_SCORES, "sleep(50000 * place.tile * (i == first))"),
         Edit("backward_turns", "while count < before:", "while count < before - 1000:"),
     ),
 )

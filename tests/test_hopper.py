@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from places import on_hopper
 
 from flashtile import dispatch
 from flashtile.backends import hopper
 from flashtile.backends.hopper import backward_configs, configs
 from flashtile.problem import Call, Problem
+from flashtile.testing import Case, run_case
 
 SHARED_MEMORY = 227 * 1024
 
@@ -388,6 +390,23 @@ def test_one_kernel_clears_dq_or_none(changes: dict[str, Any], kernel: str) -> N
     problem = replace(PLAIN, **changes)
     assert backward_configs.cleared_by(problem) == kernel
     assert backward_configs.cleared(problem) == (kernel != "none")
+
+
+@pytest.mark.gpu(seconds=60.0)
+@on_hopper
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("few-keys", "more to clear than steps", q_len=3000, k_len=40, heads=4, dim=192, v_dim=128),
+        Case(
+            "no-keys", "a sequence to which no program comes", q_lens=(500, 300, 2000), k_lens=(0, 40, 100), heads=4,
+            dim=192, v_dim=128,
+        ),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_launch_for_dv_clears_all_of_dq(case: Case) -> None:
+    run_case(case, "hopper", torch.bfloat16, "cuda")  # whose memory is NaN before it is written
 
 
 def test_heavier_calls_get_smaller_tiles() -> None:

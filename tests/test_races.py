@@ -175,7 +175,8 @@ class TestOnHopper:
         assert differing(found, expected) == ["dq"]
         assert error(found["dq"], expected["dq"]) > 100 * ROUNDING
 
-    @pytest.mark.parametrize("case", [case for case in CASES if case.deterministic], ids=str)
+    # A window lets three tiles of keys see a row: in another order their sum rounds to the same bits.
+    @pytest.mark.parametrize("case", [case for case in CASES if case.id != "features"], ids=str)
     def test_a_missing_wait_for_a_turn_is_seen(self, case: Case, tmp_path: Path) -> None:
         expected = results(case)
         with mutants.planted(mutants.UNAWAITED_TURNS, tmp_path):

@@ -9,7 +9,7 @@ from flashtile.backends.hopper.dialect import aggregate, barrier, store
 
 @aggregate
 class Clearing:
-    """What is cleared: `boxes` boxes of dQ's accumulator, one with each step of a program. zeros: memory for one."""
+    """What is cleared: `boxes` boxes of dQ's accumulator, by programs in turns. zeros: shared memory for one."""
 
     dq: tma.tensor_descriptor
     zeros: gl.shared_memory_descriptor
@@ -26,17 +26,26 @@ class Clearing:
             barrier()
 
     @gluon.jit
-    def clear(self, number):
-        """Clears the program's box of that number, if there is one."""
+    def clear(self, step, number):
+        """With every third step clears the program's box of that number; the next one's. Closer together, what is
+        loaded waits for zeros: head dim 192, values of 128, 4096, causal 4344 us with each step, 4320 with every third.
+        """
         if self.ACTIVE:
-            box = number * gl.num_programs(0) + gl.program_id(0)
-            if box < self.boxes:
-                store(self.dq, [box * self.zeros.shape[0], 0], self.zeros)
+            if step % 3 == 0:
+                self._clear(number)
+                number += 1
+        return number
+
+    @gluon.jit
+    def _clear(self, number):
+        box = number * gl.num_programs(0) + gl.program_id(0)
+        if box < self.boxes:
+            store(self.dq, [box * self.zeros.shape[0], 0], self.zeros)
 
     @gluon.jit
     def finish(self, number):
         """Clears the program's boxes from that number on, and waits for all."""
         if self.ACTIVE:
             for rest in range(number, gl.cdiv(self.boxes, gl.num_programs(0))):
-                self.clear(rest)
+                self._clear(rest)
             tma.store_wait(0)

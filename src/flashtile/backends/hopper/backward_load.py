@@ -101,8 +101,7 @@ def load_items(sources, pipes, items, mask, clearing, WARPS: gl.constexpr):
         steps = steps_of(place, spans)
         for step in range(1, steps):
             sources.load_step(pipes, place, spans, step, n + step)
-            clearing.clear(cleared)
-            cleared += 1
+            cleared = clearing.clear(step, cleared)
         n += steps
         turn += 1
         # Only now: an item that waits for its program may be what all others wait for in the end.

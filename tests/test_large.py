@@ -226,6 +226,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 def extra_memory(attend: Attend, length: int, kv_heads: int, backward: bool) -> int:
     """Bytes at the peak beyond the inputs, the result and the gradients; batch 1, 16 heads of 128, bfloat16."""
+    gc.collect()  # what earlier calls left in reference cycles goes now, not while memory is counted
     q = normal(1, length, 16, 128, dtype=torch.bfloat16).requires_grad_()
     k, v = (normal(1, length, kv_heads, 128, dtype=torch.bfloat16).requires_grad_() for _ in range(2))
     dout = torch.randn_like(q)

@@ -132,8 +132,8 @@ def turn(problem: Problem) -> int:
     """Blocks of dQ that a tile of keys passes on together to the next one in a deterministic call; 0 in others.
 
     Passing on takes a good part of a step. Under a left bound a tile may end within a pair that the next one skips.
-    Tiles of 64 keys meet so often that in short walks the next one's wait counts more: causal, head dim 256, 1024 1044
-    us in pairs and 956 one by one, 8192 4304 and 4487.
+    Tiles of 64 keys meet so often that in short walks the next one's wait counts more: causal, head dim 256, 4096 2536
+    us in pairs and 2515 one by one, 8192 4304 and 4487.
     """
     if not problem.deterministic:
         return 0

@@ -106,7 +106,7 @@ def test_programs_of_the_hopper_kernels() -> None:
 
 def test_the_backward_of_latent_attention_is_two_kernels() -> None:
     shapes = ("q=1,4096,16,192", "k=1,4096,16,192", "v=1,4096,16,128")
-    _, keys, values = explain(*shapes, *CALL[2:], "--backend", "hopper")["kernels"]
+    _, values, keys = explain(*shapes, *CALL[2:], "--backend", "hopper")["kernels"]
     assert (keys["name"], values["name"]) == ("backward, dk and dq", "backward, dv")
     assert (keys["block_n"], values["block_n"]) == (128, 192)
     capped = explain(*shapes, *CALL[2:], "--backend", "hopper", "--softcap", "20")["kernels"]

@@ -1,4 +1,4 @@
-"""Before the backward's main kernel: what it needs of each query row, and zeros to add dQ to where nobody else makes them.
+"""Before the backward's main kernel: what it needs of each query row, and zeros to add dQ to unless others make them.
 
     delta = rowsum(dO O) - dlse          lse in base 2, +inf for rows that see nothing or do not exist
 

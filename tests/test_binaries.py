@@ -90,7 +90,7 @@ def known_hopper_spills(kernel: str, problem: str, version: str | None) -> int:
     if kernel == "prologue":
         return 8 if "softcap" in problem else 0
     if kernel == "backward_values" and not re.search("dropout|alibi", problem):
-        return 8 if "table" in problem else 0  # in the role that loads and clears
+        return 8 if "table" in problem else 0  # a register that each role reads once
     if kernel.startswith("backward"):
         return next(limit for feature, limit in HOPPER_BACKWARD_SPILLS.items() if feature in problem)
     return HOPPER_FORWARD_SPILLS.get(version or "", HOPPER_FORWARD_SPILLS[""])

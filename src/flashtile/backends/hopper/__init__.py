@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from flashtile.backends.hopper import configs
-from flashtile.gpu import arguments, mailbox
+from flashtile.gpu import arguments, mailbox, passes
 from flashtile.problem import Call, Problem
 
 __all__ = ["backward", "forward", "supports"]
@@ -33,18 +32,13 @@ def supports(problem: Problem) -> str | None:
     return None
 
 
-class _Passes(NamedTuple):
-    forward: Callable[..., Any]
-    backward: Callable[..., Any]
-
-
 def forward(problem: Problem, call: Call, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(out, lse); see docs/design.md, the backend contract.
 
     Raises ValueError where an earlier call's kernel on this device met bad cu_seqlens contents.
     """
     mailbox.raise_if_set(call.q.device.index)
-    return _on_its_device(_passes().forward, problem, arguments.in_order(call), out)
+    return _on_its_device(passes.of(__name__).forward, problem, arguments.in_order(call), out)
 
 
 def backward(
@@ -58,16 +52,8 @@ def backward(
     bias_grad: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Writes grads = (dq, dk, dv) and returns (dbias, dsinks); see docs/design.md, the backend contract."""
-    run = _passes().backward
+    run = passes.of(__name__).backward
     return _on_its_device(run, problem, arguments.in_order(call), out, lse, dout, dlse, grads, bias_grad)
-
-
-@lru_cache
-def _passes() -> _Passes:
-    """Imported late, because they import Triton, and once, because an import statement takes its time too."""
-    from flashtile.backends.hopper import backward_pass, forward_pass
-
-    return _Passes(forward_pass.forward, backward_pass.backward)
 
 
 def _on_its_device(run: Callable[..., Any], problem: Problem, call: Call, *rest: Any) -> Any:

@@ -1,9 +1,6 @@
 """Everything of Gluon that differs between Triton 3.6 and 3.9, or has no public name there."""
 
-import inspect
 import linecache
-from collections.abc import Callable
-from copy import copy
 from typing import Any
 
 import triton
@@ -17,7 +14,6 @@ from triton.language.core import _aggregate
 __all__ = [
     "PTXAS_13",
     "aggregate",
-    "bare_launcher",
     "barrier",
     "encode_descriptor",
     "load",
@@ -67,27 +63,6 @@ def reduce_add(tensor_desc, coord, src, _semantic=None):
     coord = _semantic._convert_to_ir_values(coord, require_i64=False)
     kind = ir.DESCRIPTOR_REDUCE_KIND.ADD
     _semantic.builder.create_async_tma_reduce(kind, tensor_desc.handle, coord, src.handle)
-
-
-def bare_launcher(compiled: Any, programs: int) -> Callable[[int, tuple[Any, ...]], None]:
-    """A function (stream, arguments) that starts a CompiledKernel, with ready tensor maps, (map, *shape, *strides),
-    for each descriptor.
-
-    Triton's own encodes every descriptor anew on every launch, 7 us each. Its function in C is called without the
-    method around it, 3 us, which provides scratch memory for those few kernels that ask for it.
-    """
-    method = copy(compiled.run)
-    wrapped = inspect.getclosurevars(method.launch).nonlocals if inspect.isfunction(method.launch) else {}
-    launch = method.launch = wrapped.get("launcher", method.launch)
-    grid, function, metadata = (programs, 1, 1), compiled.function, (compiled.packed_metadata, None, None, None)
-    if method.global_scratch_size or method.profile_scratch_size or getattr(method, "gsan_enabled", False):
-        return lambda stream, arguments: method(*grid, stream, function, *metadata, *arguments)
-    options, no_scratch = (method.launch_cooperative_grid, method.launch_pdl), (None, None)
-    if hasattr(method, "arg_annotations"):  # from 3.7 on
-        newer = (function, *options, *metadata, *no_scratch, method.arg_annotations, method.kernel_signature)
-        return lambda stream, arguments: launch(programs, 1, 1, stream, *newer, arguments)
-    older = (function, *options, *no_scratch, *metadata)
-    return lambda stream, arguments: launch(programs, 1, 1, stream, *older, *arguments)
 
 
 def encode_descriptor(descriptor: Any, metadata: dict[str, Any]) -> Any:

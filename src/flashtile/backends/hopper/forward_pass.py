@@ -29,7 +29,7 @@ def forward(problem: Problem, call: Call, out: Tensor | None = None) -> tuple[Te
     """(out, lse) of an unpacked call."""
     if out is None:
         out = torch.empty(problem.out_shape, dtype=call.q.dtype, device=call.q.device)
-    lse = torch.empty(problem.lse_shape, dtype=torch.float32, device=call.q.device)
+    lse = call.q.new_empty(problem.lse_shape, dtype=torch.float32)
     call = arguments.with_dense_bias(call)
     q, k, v, written = call.q, call.k, call.v, out
     launches = launch.Launches(problem, call, ("forward",), (q, k, v, out))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from flashtile.backends.hopper import configs, descriptors, dialect
-from flashtile.gpu import arguments
+from flashtile.gpu import arguments, launcher
 from flashtile.problem import Call, Problem
 
 _Key = TypeVar("_Key")
@@ -170,7 +170,7 @@ def _launch_first(kernel: Any, plan: Plan, boxed: tuple[Tensor, ...], tensors: t
         *plan.describe(boxed), *tensors, **dict(zip(names, numbers, strict=True)), **plan.options
     )
     return _Ready(
-        dialect.bare_launcher(compiled, plan.programs),
+        launcher.bare_launcher(compiled, plan.programs),
         list(compiled.metadata.tensordesc_meta),
         [{} for _ in boxed],
         {},

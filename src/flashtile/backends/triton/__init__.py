@@ -11,7 +11,7 @@ import os
 import torch
 from torch import Tensor
 
-from flashtile.gpu import arguments, mailbox
+from flashtile.gpu import arguments, mailbox, passes
 from flashtile.problem import Call, Problem
 
 __all__ = ["backward", "forward", "supports"]
@@ -39,10 +39,8 @@ def forward(problem: Problem, call: Call, out: Tensor | None = None) -> tuple[Te
 
     Raises ValueError where an earlier call's kernel on this device met bad cu_seqlens contents.
     """
-    from flashtile.backends.triton.forward_pass import forward as run
-
     mailbox.raise_if_set(call.q.device.index)
-    return run(problem, arguments.in_order(call), out)
+    return passes.of(__name__).forward(problem, arguments.in_order(call), out)
 
 
 def backward(
@@ -56,6 +54,5 @@ def backward(
     bias_grad: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Writes grads = (dq, dk, dv) and returns (dbias, dsinks); see docs/design.md, the backend contract."""
-    from flashtile.backends.triton.backward_pass import backward as run
-
+    run = passes.of(__name__).backward
     return run(problem, arguments.in_order(call), out, lse, dout, dlse, grads, bias_grad)

@@ -184,7 +184,7 @@ def forward(problem: Problem, call: Call, out: Tensor | None = None) -> tuple[Te
     q, k, v = call.q, call.k, call.v
     if out is None:
         out = torch.empty(problem.out_shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(problem.lse_shape, dtype=torch.float32, device=q.device)
+    lse = q.new_empty(problem.lse_shape, dtype=torch.float32)
     tensors = (q, k, v, out, lse)
     launch.run(forward_kernel, problem, call, tensors, prepare, ())
     return out, lse

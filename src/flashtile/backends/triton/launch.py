@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 
 from flashtile.backends.triton.configs import Config
-from flashtile.gpu import arguments
+from flashtile.gpu import arguments, launcher
 from flashtile.problem import MAX_HEAD_DIM, Call, Problem
 
 
@@ -28,11 +28,11 @@ class Plan(NamedTuple):
 
 
 class _Ready(NamedTuple):
-    run: Callable[..., None]
-    function: Any
-    metadata: Any
-    programs: int
-    tail: tuple[Any, ...]
+    """A kernel that was launched before: how to find the device's stream, to start it there, and its numbers."""
+
+    stream_of: Callable[[int], int]
+    start: Callable[[int, tuple[Any, ...]], None]
+    numbers: tuple[Any, ...]
 
 
 _ready: dict[tuple[Any, ...], _Ready] = {}
@@ -51,22 +51,23 @@ def run(
 
     variant: what `prepare` needs to know beyond the problem and the tensors' strides.
     """
-    q = tensors[0]
-    address = q.data_ptr()
     addresses = [tensor.data_ptr() for tensor in tensors]
     combined = 0
     for value in addresses:
         combined |= value
     steps: list[Any] = [tensor.stride() for tensor in tensors]
-    for extra in (*call[3:11], arguments.mailbox_of(call)):
-        if extra is None:
-            addresses.append(address)
-        else:
-            addresses.append(extra.data_ptr())
-            combined |= addresses[-1]
-            steps += (extra.stride(), extra.dtype)
+    if problem.bare:
+        addresses += [addresses[0]] * arguments.EXTRAS
+    else:
+        for extra in (*call[3:11], arguments.mailbox_of(call)):
+            if extra is None:
+                addresses.append(addresses[0])
+            else:
+                addresses.append(extra.data_ptr())
+                combined |= addresses[-1]
+                steps += (extra.stride(), extra.dtype)
     alignment = combined & 15 and tuple(value & 15 == 0 for value in addresses)
-    device = q.device.index
+    device = tensors[0].device.index
     precision = float32_precision(problem) if problem.dtype == torch.float32 else None
     # A table for all batch entries has the strides of a table for each of them.
     tables = 0 if call.lo is None else call.lo.shape[0]
@@ -82,23 +83,21 @@ def run(
 
 
 def _launch_again(ready: _Ready, device: int, addresses: list[int]) -> None:
-    stream = triton.runtime.driver.active.get_current_stream(device)
-    ready.run(
-        ready.programs, 1, 1, stream, ready.function, ready.metadata, None, None, None, *addresses, *ready.tail
-    )  # fmt: skip
+    ready.start(ready.stream_of(device), (*addresses, *ready.numbers))
 
 
 def _launch_first(kernel: Any, key: tuple[Any, ...], plan: Plan, tensors: tuple[Tensor, ...]) -> None:
     """Through Triton's own launch, which compiles; then keep what a repeated launch needs."""
     names = kernel.arg_names[len(tensors) :]
-    tail = tuple(plan.values[name] for name in names)
+    numbers = tuple(plan.values[name] for name in names)
     with torch.cuda.device(tensors[0].device) if tensors[0].is_cuda else nullcontext():
-        compiled = kernel[(plan.programs,)](*tensors, **dict(zip(names, tail, strict=True)), **plan.config.options)
+        compiled = kernel[(plan.programs,)](*tensors, **dict(zip(names, numbers, strict=True)), **plan.config.options)
     if not tensors[0].is_cuda:  # the interpreter compiles nothing
         return
     if len(_ready) >= _READY_LIMIT:
         _ready.clear()
-    _ready[key] = _Ready(compiled.run, compiled.function, compiled.packed_metadata, plan.programs, tail)
+    stream_of = triton.runtime.driver.active.get_current_stream
+    _ready[key] = _Ready(stream_of, launcher.bare_launcher(compiled, plan.programs), numbers)
 
 
 def strides(problem: Problem, call: Call, dense: dict[str, Tensor], biases: dict[str, Tensor | None]) -> dict[str, Any]:

@@ -96,6 +96,7 @@ _TAKE_OVER = "    weights.await_full(n)"
 _AWAIT_DONE = "    pipes.await_done(turn)"
 _WEIGH = "    bits = kept_bits(m, keys, scoring)"
 _SCORE = "    pipes.scores.await_empty(n)"
+_PASS_ON = "                turns.say(block)"
 _TAKE_ITEM = "        place, spans = items.take(turn, mask, WARPS)"
 _TAKE_ITEM_WITHOUT_LOADER = "            place, spans = items.take(turn, mask, 4)"
 
@@ -123,6 +124,10 @@ DELAYED = (
             before("backward_load", _TAKE_ITEM, "late(turn)"),
             before("backward_reduce", _TAKE_ITEM_WITHOUT_LOADER, "late(turn)"),
         ),
+    ),
+    *(
+        Mutant(f"late notices, {role}", "backward", (before("backward_turns", _PASS_ON, "late(n)"),), role)
+        for role in ("backward_step", "backward_wide", "backward_split")
     ),
     Mutant("late wide dq", "backward", (after("backward_reduce", _TAKE_SCORES, "late(n)"),), "backward_wide"),
     Mutant("late weights", "backward", (before("backward_wide", _HAND_OVER, "late(n)"),), "backward_wide"),

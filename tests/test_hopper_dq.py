@@ -32,15 +32,20 @@ def test_counters_of_both_launches_are_cleared() -> None:
 @pytest.mark.parametrize(
     ("changes", "cleared"),
     [
-        ({"q_len": 2048}, False),
-        ({"q_len": 2049}, True),
+        ({"q_len": 4097}, False),
+        ({"q_len": 4098}, True),
+        ({"q_len": 2048, "qk_dim": 192}, False),
+        ({"q_len": 2049, "qk_dim": 192}, True),
         ({"q_len": 2048, "qk_dim": 64}, False),
         ({"q_len": 2048, "qk_dim": 64, "v_dim": 64}, True),
         ({"q_len": 1024, "window_right": None}, True),
         ({"q_len": 1024, "window_right": None, "table": True}, True),
         ({"q_len": 1024, "k_len": 1000}, False),
         ({"q_len": 1024, "k_len": 1025}, True),
-        ({"q_len": 1024, "deterministic": True}, True),
+        ({"q_len": 10**6, "deterministic": True}, False),
+        ({"q_len": 1024, "window_right": None, "deterministic": True}, False),
+        ({"q_len": 1024, "qk_dim": 64, "v_dim": 64, "deterministic": True}, True),
+        ({"q_len": 1024, "qk_dim": 64, "v_dim": 64, "window_left": 9, "deterministic": True}, False),
         ({"q_len": 10**6, "window_left": 2048}, False),
         ({"q_len": 10**6, "window_left": 2000, "window_right": 100}, True),
         ({"q_len": 10**6, "window_left": 100, "window_right": None}, True),
@@ -48,7 +53,7 @@ def test_counters_of_both_launches_are_cleared() -> None:
         ({"q_len": 5000, "varlen": True, "total_q": 9, "total_k": 9}, True),
     ],
 )
-def test_the_first_tile_stores_dq_where_walks_are_short(changes: dict[str, Any], cleared: bool) -> None:
+def test_the_first_tile_stores_dq_where_it_is_known_or_walks_are_short(changes: dict[str, Any], cleared: bool) -> None:
     problem = replace(PLAIN, **{"window_right": 0, "k_len": changes["q_len"], **changes})
     assert backward_configs.cleared(problem) == cleared
     rows, _, counters, _ = backward_pass._scratch(problem, torch.empty(0, device="meta"))
@@ -69,7 +74,10 @@ def test_the_first_tile_stores_dq_where_walks_are_short(changes: dict[str, Any],
         ({"window_right": 0, "deterministic": True}, 2),
         ({"window_right": 0, "kv_heads": 16, "qk_dim": 256, "v_dim": 256, "deterministic": True}, 2),
         ({"window_right": 0, "kv_heads": 16, "qk_dim": 256, "v_dim": 256, "q_len": 16384, "deterministic": True}, 1),
+        ({"window_right": 0, "kv_heads": 16, "qk_dim": 256, "v_dim": 256, "q_len": 8192, "deterministic": True}, 1),
         ({"window_right": 0, "kv_heads": 16, "qk_dim": 192, "deterministic": True}, 1),
+        ({"deterministic": True}, 6),
+        ({"qk_dim": 256, "k_len": 16384, "deterministic": True}, 1),
     ],
 )
 def test_heads_whose_keys_start_side_by_side(changes: dict[str, Any], heads: int) -> None:
@@ -81,14 +89,13 @@ def test_heads_whose_keys_start_side_by_side(changes: dict[str, Any], heads: int
 @pytest.mark.parametrize(
     ("changes", "blocks"),
     [
-        ({}, 2),
-        ({"window_right": 0}, 2),
-        ({"window_left": 100, "window_right": 0}, 1),
-        ({"table": True}, 1),
-        ({"qk_dim": 256}, 2),
-        ({"qk_dim": 256, "window_right": 0}, 1),
-        ({"qk_dim": 256, "window_right": 0, "q_len": 8192}, 2),
-        ({"qk_dim": 192, "window_right": 0}, 2),
+        ({}, 1),
+        ({"qk_dim": 64, "v_dim": 64}, 2),
+        ({"qk_dim": 64, "v_dim": 64, "window_right": 0}, 2),
+        ({"qk_dim": 64, "v_dim": 64, "window_left": 100, "window_right": 0}, 1),
+        ({"qk_dim": 64, "v_dim": 64, "table": True}, 1),
+        ({"qk_dim": 192, "window_right": 0}, 1),
+        ({"qk_dim": 256}, 1),
     ],
 )
 def test_blocks_of_dq_passed_on_together(changes: dict[str, Any], blocks: int) -> None:
@@ -102,7 +109,8 @@ def test_blocks_of_dq_passed_on_together(changes: dict[str, Any], blocks: int) -
         ({}, "prologue"),
         ({"window_right": 0, "q_len": 2048, "k_len": 2048}, "none"),
         ({"qk_dim": 192}, "values"),
-        ({"qk_dim": 192, "window_right": 0, "deterministic": True}, "values"),
+        ({"qk_dim": 192, "window_right": 0, "q_len": 8192, "k_len": 8192}, "values"),
+        ({"qk_dim": 192, "window_right": 0, "deterministic": True}, "none"),
         ({"qk_dim": 192, "window_right": 0, "q_len": 2048, "k_len": 2048}, "none"),
         ({"qk_dim": 192, "softcap": 3.0}, "prologue"),
     ],

@@ -107,18 +107,23 @@ def exit_columns(problem: Problem) -> int:
 def cleared(problem: Problem) -> bool:
     """True where dQ's accumulator begins with zeros; else the first tile of keys that comes to a block stores it.
 
-    Where each tile begins a few rows after the one before, only whoever leads has to say, block by block, that others
-    may add. Where it has many before it, all follow at its pace: causal, head dim 128, 1024 546 us with zeros and 476
-    without, 4096 1269 and 1255, 256 696 and 634, 1737 and 1971. Nothing is gained at head dim 64, whose dQ group loads
-    as well: 571 and 571.
+    In a fixed order each knows whether it is the first. Else, where each tile begins a few rows after the one before,
+    only whoever leads has to say, block by block, that others may add. Where it has many before it, all follow at its
+    pace: causal, head dim 128, 1024 546 us with zeros and 476 without, 4096 1227 and 1204, 16384 4256 and 4317; 256
+    696 and 634, 1732 and 1733, 6070 and 6254. Nothing is gained at head dim 64, whose dQ group loads as well: 571 and
+    571.
     """
     left, right = problem.window_left, problem.window_right
-    if problem.deterministic or problem.table or right is None or problem.k_len > problem.q_len:
+    if problem.deterministic:
+        return turn(problem) > 1
+    if problem.table or right is None or problem.k_len > problem.q_len:
         return True
-    longest = problem.q_len // 2 if problem.varlen else problem.q_len  # most packed sequences are shorter
+    width = max(widths(problem))
+    # Most packed sequences are shorter than the longest one; and 64 rows of 128 columns are passed on soon.
+    longest = problem.q_len // 2 if problem.varlen or width <= 128 else problem.q_len
     if left is not None:
         longest = min(longest, left + right)
-    return max(widths(problem)) <= 64 or longest > _LONG_WALK
+    return width <= 64 or longest > _LONG_WALK
 
 
 def cleared_by(problem: Problem) -> str:
@@ -131,14 +136,13 @@ def cleared_by(problem: Problem) -> str:
 def turn(problem: Problem) -> int:
     """Blocks of dQ that a tile of keys passes on together to the next one in a deterministic call; 0 in others.
 
-    Passing on takes a good part of a step. Under a left bound a tile may end within a pair that the next one skips.
-    Tiles of 64 keys meet so often that in short walks the next one's wait counts more: causal, head dim 256, 4096 2536
-    us in pairs and 2515 one by one, 8192 4304 and 4487.
+    Pairs where no warp is left to pass on, which takes a good part of a step: causal, head dim 64, 4096 1535 us in
+    pairs and 1720 one by one. Under a left bound a tile may end within a pair that the next one skips.
     """
     if not problem.deterministic:
         return 0
-    short = pick(problem).groups == 1 and not configs.unmasked(problem) and problem.q_len <= 2 * _LONG_WALK
-    return 1 if problem.table or problem.window_left is not None or short else 2
+    notifies = pick(problem).groups < 3
+    return 1 if notifies or problem.table or problem.window_left is not None else 2
 
 
 def counts_blocks(problem: Problem) -> bool:

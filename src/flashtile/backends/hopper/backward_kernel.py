@@ -19,7 +19,7 @@ from flashtile.backends.hopper.backward_load import Sources, load_items
 from flashtile.backends.hopper.backward_reduce import Reduction, load_and_reduce_items, reduce_items
 from flashtile.backends.hopper.backward_split import key_gradients, value_gradients
 from flashtile.backends.hopper.backward_step import BiasGradient, keys_of, walk
-from flashtile.backends.hopper.backward_turns import Turns
+from flashtile.backends.hopper.backward_turns import Turns, notify
 from flashtile.backends.hopper.backward_wide import consume_keys, consume_values
 from flashtile.backends.hopper.backward_work import KEYS, RECORD, Items, Mask, Pipes, Scoring, whole
 from flashtile.backends.hopper.descriptors import store_rows, swizzled
@@ -169,7 +169,11 @@ def backward_kernel(
         Ring(do_tiles, barriers(STAGES, 1), empty, STAGES), biases, Ring(ds_tiles, barriers(2, GROUPS), read, 2), exits,
         GROUPS, BLOCK_M, D, DV, DIM, DIM_V, SLOTS, GROUPED, BIAS_TILES, ROTATES, PANELS, MAKES,
     )  # fmt: skip
-    turns = Turns(counters + 2, CLEARED, TURN, TURN > 0 and GROUPS == 2)
+    NOTIFIES: gl.constexpr = GROUPS < 3 and (TURN > 0 or not CLEARED)
+    notices = Ring(items.records.memory, items.announced, items.announced, 2)  # stands in where there are none
+    if NOTIFIES:
+        notices = Ring(words(2).memory, barriers(2, 1), barriers(2, 1), 2)
+    turns = Turns(counters + 2, notices, CLEARED, TURN, NOTIFIES)
     if GROUPS == 1:
         weights = Ring(ds_tiles, barriers(2, 1), read, 2)  # P, until dS takes its place
     fence_async_shared()
@@ -184,9 +188,10 @@ def backward_kernel(
                 (consume_values, (dv_desc, pipes, weights, items, mask, scoring)),
                 (consume_keys, (dk_desc, pipes, weights, items, mask, scoring, bias_gradient)),
                 (load_items, (sources, pipes, items, mask, clearing, 1)),
+                (notify, (turns,)),
             ],
-            [4, 4, 1],
-            [CONSUME_REGISTERS, CONSUME_REGISTERS, LOAD_REGISTERS],
+            [4, 4, 1, 1],
+            [CONSUME_REGISTERS, CONSUME_REGISTERS, LOAD_REGISTERS, LOAD_REGISTERS],
         )
     elif GROUPS == 2:
         gl.warp_specialize(
@@ -195,9 +200,10 @@ def backward_kernel(
                 (_consume, (dk_desc, dv_desc, pipes, items, mask, scoring, bias_gradient, 0)),
                 (_consume, (dk_desc, dv_desc, pipes, items, mask, scoring, bias_gradient, 1)),
                 (load_items, (sources, pipes, items, mask, clearing, 1)),
+                (notify, (turns,)),
             ],
-            [4, 4, 1],
-            [CONSUME_REGISTERS, CONSUME_REGISTERS, LOAD_REGISTERS],
+            [4, 4, 1, 1],
+            [CONSUME_REGISTERS, CONSUME_REGISTERS, LOAD_REGISTERS, LOAD_REGISTERS],
         )
     else:
         gl.warp_specialize(

@@ -199,14 +199,14 @@ def _section(problem: Problem, tiles: int) -> int:
     if problem.deterministic and arguments.mask_kind(problem) == "none":
         # All tiles of a head meet at its first rows and leave them one after the other: too few for all processors to
         # find work there, unless further heads have some (2048 rows: 415 with two heads, 477 with nine).
-        return 1 + -(-configs.MULTIPROCESSORS // tiles)
+        return 1 if tiles >= configs.MULTIPROCESSORS else 1 + -(-configs.MULTIPROCESSORS // tiles)
     # A program of grouped heads goes through one after the other, so that two of a group are in use.
     rows = problem.q_len * (problem.qk_dim * 6 + problem.v_dim * 2) * (2 if problem.group > 1 else 1)
     fitting = max(1, _SECTION_BYTES // max(1, rows))
     if problem.deterministic and backward_configs.pick(problem).groups == 1:
-        # Tiles of 64 keys meet more often: causal, 4096 2482 us with one head, 2461 with two, 2515 with three; 16384,
-        # where one head's rows fit, 7870, and 13932 with three.
-        return min(2, fitting)
+        # Tiles of 64 keys meet more often: causal, 4096 1949 us with one head, 1892 with two, 1937 with three; 8192,
+        # where the rows of two just fit, 3517 with one and 3633 with two.
+        return max(1, min(2, fitting // 2))
     if problem.deterministic:
         return 2 if problem.group > 1 else 1
     if arguments.mask_kind(problem) == "none" or 4 * tiles >= 3 * configs.MULTIPROCESSORS:

@@ -34,14 +34,14 @@ class Reduction:
     LOADS: gl.constexpr
 
     @gluon.jit
-    def add_item(self, n, place, spans):
-        """dQ of all steps of an item, from step n on; the step after them."""
+    def add_item(self, n, passed, place, spans):
+        """dQ of all steps of an item, from step n on, after which so many blocks were passed on; both for the next."""
         GROUPS: gl.constexpr = self.pipes.GROUPS
         first, _ = whole(spans)
         origin = n
         owed = gl.to_tensor(-1)
         for g in range(place.group if self.pipes.GROUPED else 1):
-            known = place.tile, owed, 0 if self.turns.STEPS > 0 else self.turns.look(place.block(g) + first)
+            known = place.tile, owed, passed, 0 if self.turns.STEPS > 0 else self.turns.look(place.block(g) + first)
             begin = first
             if self.mask.KIND != "none" or self.mask.RAGGED:
                 for w in gl.static_range(1, GROUPS):
@@ -55,18 +55,17 @@ class Reduction:
                     begin = end
                     end = spans[w][3]
                     n, known = self._add_steps(n, begin, end, g, known, origin, place, spans, w, GROUPS)
-            owed = known[1]
-        self.turns.pass_on(owed)
-        return n
+            owed, passed = known[1], known[2]
+        return n, self.turns.pass_on(owed, passed)
 
     @gluon.jit
     def _add_steps(self, n, begin, end, g, known, origin, place, spans, FROM: gl.constexpr, TO: gl.constexpr):
         """Steps begin to end of the g-th head, from the dS of consumers FROM to TO. origin: the item's first step.
 
-        known: the last tile of keys that the steps before see, or this one; and owed and seen, see `_add`.
+        known: the last tile of keys that the steps before see, or this one; and owed, passed and seen, see `_add`.
         """
         first, last = whole(spans)
-        furthest, owed, seen = known
+        furthest, owed, passed, seen = known
         turns, pipes, dbias = self.turns, self.pipes, self.dbias
         base = place.block(g)
         for i in range(begin, end):
@@ -81,7 +80,7 @@ class Reduction:
             pipes.scores.await_full(n)
             if dbias.KIND == "boxes":
                 dbias.send(n, i * pipes.BLOCK_M, g, pipes, place, FROM, TO)
-            is_first = self._add(base + i, n, place.turn, due, seen, before, FROM, TO)
+            is_first, passed = self._add(base + i, n, place.turn, due, passed, seen, before, FROM, TO)
             if turns.STEPS == 0:
                 owed = gl.where(is_first, base + i, -1)
                 seen = turns.look(base + gl.minimum(i + 1, last - 1))
@@ -90,17 +89,17 @@ class Reduction:
                 if ahead < steps_of(place, spans):
                     self.sources.load_step(pipes, place, spans, ahead, origin + ahead)
             n += 1
-        return n, (furthest, owed, seen)
+        return n, (furthest, owed, passed, seen)
 
     @gluon.jit
-    def _add(self, block, n, turn, due, seen, before, FROM: gl.constexpr, TO: gl.constexpr):
+    def _add(self, block, n, turn, due, passed, seen, before, FROM: gl.constexpr, TO: gl.constexpr):
         """dQ of step n, from the dS of consumers FROM to TO, starts on its way to block `block` of the accumulator.
-        Returns whether it was stored, for nothing lay there.
+        Returns whether it was stored, for nothing lay there, and how many blocks were passed on.
 
         due: what others hear only now may be added to, when what was written there has had the time to reach memory; or
-        -1. seen: what was seen of the block a while ago. before: how many tiles add to it first in a fixed order. A
-        [64, C] part of dQ lies there in the order of the product's registers, so that its way through shared memory is
-        16 bytes wide and free of bank conflicts.
+        -1. passed: how many were passed on before. seen: what was seen of the block a while ago. before: how many tiles
+        add to it first in a fixed order. A [64, C] part of dQ lies there in the order of the product's registers, so
+        that its way through shared memory is 16 bytes wide and free of bank conflicts.
         """
         turns = self.turns
         pipes = self.pipes
@@ -112,7 +111,7 @@ class Reduction:
         SENT: gl.constexpr = TO - FROM if self.dbias.STORED else 0  # copies that dbias.send started from dS's slot
         AT_ONCE: gl.constexpr = turns.STEPS > 0 and self.LOADS
         if AT_ONCE:
-            turns.pass_on(due)
+            passed = turns.pass_on(due, passed)
             turns.await_turn(turns.unit(block), seen, before)
         for part in gl.static_range(PARTS):
             at = (block * ROWS + part // COLUMNS) * (pipes.D // C) + part % COLUMNS
@@ -125,9 +124,9 @@ class Reduction:
                     k = pipes.key_tile(turn, w).slice(part % COLUMNS * C, C, dim=1)
                 running = warpgroup_mma(ds.permute((1, 0)), k, running, use_acc=w > FROM, is_async=True)
             if part == 0 and not AT_ONCE:
-                if turns.ASKS_AHEAD:
+                if turns.STEPS > 0:
                     seen = turns.look(turns.unit(block))
-                turns.pass_on(due)
+                passed = turns.pass_on(due, passed)
             tma.store_wait(pipes.SLOTS - 1 + (SENT if part == 0 else 0))
             dq = warpgroup_mma_wait(0, deps=(running,))
             if part == PARTS - 1:
@@ -137,7 +136,7 @@ class Reduction:
             else:
                 barrier()
             if part == 0:
-                is_first = turns.is_first(block, seen)
+                is_first = turns.is_first(block, seen, before)
                 if turns.STEPS > 0 and not AT_ONCE:
                     turns.await_turn(turns.unit(block), seen, before)
             if LEAVING == C:
@@ -148,7 +147,7 @@ class Reduction:
                 tma.store_wait(pipes.SLOTS - 1)
                 barrier()
                 self._leave(right, 2 * at + 1, 1, is_first)
-        return is_first
+        return is_first, passed
 
     @gluon.jit
     def _leave(self, dq, at, slot, is_first):
@@ -171,6 +170,7 @@ def reduce_items(reduction, items):
     """Makes dQ of each step from the dS of the consumers whose keys its rows see, and adds it up in memory."""
     sources, pipes, mask, dbias = reduction.sources, reduction.pipes, reduction.mask, reduction.dbias
     n = 0
+    passed = 0
     turn = 0
     if reduction.LOADS:
         place, spans = items.take(turn, mask, 4)
@@ -182,7 +182,7 @@ def reduce_items(reduction, items):
             for step in range(1, gl.minimum(steps_of(place, spans), pipes.queries.STAGES)):
                 sources.load_step(pipes, place, spans, step, n + step)
         pipes.keys.await_full(pipes.of_keys(turn))
-        n = reduction.add_item(n, place, spans)
+        n, passed = reduction.add_item(n, passed, place, spans)
         mbarrier.arrive(pipes.done.index(turn % 2), count=1)
         if dbias.STORED and (mask.KIND != "none" or mask.RAGGED):
             dbias.blank(pipes, place, spans)
@@ -192,6 +192,7 @@ def reduce_items(reduction, items):
             place, spans = items.take(turn, mask, 4)
         else:
             place, spans = items.wait(turn)
+    reduction.turns.close(passed)
 
 
 @gluon.jit

@@ -1,7 +1,7 @@
 """Who writes to a block of dQ when: in a fixed order where the call is deterministic, else in any.
 
-Of short walks the first tile of keys that comes to a block stores it, and the others add: that spares zeros there
-beforehand, as much memory traffic as dQ itself.
+In a fixed order, and of short walks in any, the first tile of keys that comes to a block stores it, and the others add:
+that spares zeros there beforehand, as much memory traffic as dQ itself.
 """
 
 from triton.experimental import gluon
@@ -9,26 +9,32 @@ from triton.experimental.gluon import language as gl
 
 from flashtile.backends.hopper.descriptors import await_writes
 from flashtile.backends.hopper.dialect import aggregate, barrier
+from flashtile.backends.hopper.rings import Ring
+from flashtile.backends.hopper.words import Words
 
 # What is known of a block that does not begin with zeros; 0 as long as no tile has come to it, and where none will.
 CLAIMED = gl.constexpr(1)
 STORED = gl.constexpr(3)
+
+NO_MORE = gl.constexpr(-1)  # the last notice
 
 
 @aggregate
 class Turns:
     """What the warp group that makes dQ asks before it writes to a block, and says afterwards.
 
-    blocks: a number for each. CLEARED: blocks begin with zeros; else it is one of the states above. STEPS: blocks that
-    are passed on together in a fixed order, 0 where there is none. The number of the first one is how many tiles have
-    added to them, the last tile first; tiles are started in that order, so that none waits for one that cannot run.
-    ASKS_AHEAD: whether a turn is asked for before the product whose result needs it.
+    blocks: a number for each. STEPS: blocks that are passed on together in a fixed order, 0 where there is none. In an
+    order the number of the first one is how many tiles have written to them, the last tile first; tiles are started in
+    that order, so that none waits for one that cannot run. Without, it is one of the states above. CLEARED: blocks
+    begin with zeros, and nobody stores; in pairs always. notices: the blocks that `notify` is to pass on, where
+    NOTIFIES says that a warp is there for it.
     """
 
     blocks: gl.tensor
+    notices: Ring
     CLEARED: gl.constexpr
     STEPS: gl.constexpr
-    ASKS_AHEAD: gl.constexpr
+    NOTIFIES: gl.constexpr
 
     @gluon.jit
     def unit(self, block):
@@ -41,7 +47,7 @@ class Turns:
 
         It acquires nothing: what follows is an addition by TMA, made in the cache that the answer came from.
         """
-        if self.CLEARED and not self.ASKS_AHEAD:
+        if self.CLEARED:
             return 0
         else:
             LINE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
@@ -49,12 +55,14 @@ class Turns:
             return gl.load(self.blocks + block + lane, mask=lane == 0, other=0, volatile=True)
 
     @gluon.jit
-    def is_first(self, block, seen):
-        """True where the caller is to store a block, for nobody has; else waits until somebody has. seen: what `look`
-        answered a while ago.
+    def is_first(self, block, seen, before):
+        """True where the caller is to store a block, for nobody has. Where there is no order, else waits until somebody
+        has. seen: what `look` answered a while ago; before: as below.
         """
         if self.CLEARED:
             return False
+        elif self.STEPS > 0:
+            return before == 0
         else:
             state = gl.max(seen, 0)
             if state != STORED:
@@ -65,21 +73,61 @@ class Turns:
 
     @gluon.jit
     def await_turn(self, block, seen, before):
-        """Waits until `before` tiles have added to a block, if any are to. seen: what `look` answered, if it asked."""
+        """Waits until `before` tiles have written to a block, if any are to. seen: what `look` answered, if asked."""
         if before > 0:
-            count = gl.max(seen, 0) if self.ASKS_AHEAD else gl.to_tensor(0)
+            count = gl.max(seen, 0) if self.NOTIFIES else gl.to_tensor(0)
             while count < before:
                 count = gl.atomic_add(self.blocks + block, 0, sem="acquire")
 
     @gluon.jit
-    def pass_on(self, block):
-        """Lets others add to a block, once everything that was written here has reached memory; below 0: to none."""
+    def pass_on(self, block, n):
+        """Lets others add to a block, once everything that was written here has reached memory; below 0: to none.
+        n: how many were passed on before. Returns how many are now.
+        """
         if self.STEPS > 0 or not self.CLEARED:
             if block >= 0:
                 await_writes(block)
-                barrier()
-                # Relaxed it arrives before what was written, once in a while.
-                if self.STEPS > 0:
-                    gl.atomic_add(self.blocks + block, 1, sem="release")
+                if self.NOTIFIES:
+                    self._leave_notice(block, n)
                 else:
-                    gl.atomic_or(self.blocks + block, STORED, sem="release")
+                    barrier()
+                    self.say(block)
+        return n + gl.where(block >= 0, 1, 0)
+
+    @gluon.jit
+    def close(self, n):
+        """Passes nothing on any more."""
+        if self.NOTIFIES:
+            self._leave_notice(NO_MORE, n)
+
+    @gluon.jit
+    def _leave_notice(self, block, n):
+        self.notices.await_empty(n)
+        Words(self.notices.buffers).write(n % self.notices.STAGES, block, 4)
+        barrier()
+        self.notices.announce(n)
+
+    @gluon.jit
+    def say(self, block):
+        """Others may add to a block. Relaxed, this arrives before what was written, once in a while; not so, it takes
+        up to a quarter of a step.
+        """
+        if self.STEPS > 0:
+            gl.atomic_add(self.blocks + block, 1, sem="release")
+        else:
+            gl.atomic_or(self.blocks + block, STORED, sem="release")
+
+
+@gluon.jit
+def notify(turns):
+    """The role of a warp that has nothing else to do, and can wait until what it says may be said."""
+    if turns.NOTIFIES:
+        n = 0
+        block = gl.to_tensor(0)
+        while block != NO_MORE:
+            turns.notices.await_full(n)
+            block = Words(turns.notices.buffers).read(n % turns.notices.STAGES, 1)
+            turns.notices.release(n)
+            if block != NO_MORE:
+                turns.say(block)
+            n += 1

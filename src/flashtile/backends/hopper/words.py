@@ -19,9 +19,9 @@ class Words:
         self.memory.index(at).store(gl.full([1], 0, gl.int32, ONE) + value)
 
     @gluon.jit
-    def read(self, at):
-        """A number, for a role of four warps."""
-        ONE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    def read(self, at, WARPS: gl.constexpr = 4):
+        """A number; WARPS: of the caller."""
+        ONE: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
         return gl.max(self.memory.index(at).load(ONE), 0)
 
 

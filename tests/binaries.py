@@ -74,6 +74,9 @@ def hopper_problems(few: bool) -> Iterator[Problem]:
     yield replace(latent, softcap=30.0)
     for dim in (64, 128, 256):
         yield replace(plain, qk_dim=dim, v_dim=dim)
+    yield replace(plain, q_len=1024, k_len=1024)
+    yield replace(causal, qk_dim=256, v_dim=256, deterministic=True)
+    yield replace(causal, qk_dim=64, v_dim=64, deterministic=True, **bias)
     for dim in (64, 128):
         yield replace(plain, qk_dim=dim, v_dim=dim, dtype=torch.float16)
     yield replace(plain, qk_dim=64, v_dim=64, q_len=4096, k_len=4096, q_heads=10, kv_heads=10, dtype=torch.float16)

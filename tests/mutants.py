@@ -126,7 +126,7 @@ DELAYED = (
         ),
     ),
     *(
-        Mutant(f"late notices, {role}", "backward", (before("backward_turns", _PASS_ON, "late(n)"),), role)
+        Mutant(f"late notices of {role}", "backward", (before("backward_turns", _PASS_ON, "late(n)"),), role)
         for role in ("backward_step", "backward_wide", "backward_split")
     ),
     Mutant("late wide dq", "backward", (after("backward_reduce", _TAKE_SCORES, "late(n)"),), "backward_wide"),

@@ -38,7 +38,15 @@ def test_counters_of_both_launches_are_cleared() -> None:
         ({"q_len": 2049, "qk_dim": 192}, True),
         ({"q_len": 2048, "qk_dim": 64}, False),
         ({"q_len": 2048, "qk_dim": 64, "v_dim": 64}, True),
-        ({"q_len": 1024, "window_right": None}, True),
+        ({"q_len": 1024, "window_right": None}, False),
+        ({"q_len": 1024, "k_len": 900, "window_right": None}, True),
+        ({"q_len": 1024, "k_len": 2048, "window_right": None}, True),
+        ({"q_len": 1024, "window_right": None, "qk_dim": 80, "v_dim": 72, "softcap": 5.0, "sinks": True}, False),
+        ({"q_len": 8192, "window_right": None}, True),
+        ({"q_len": 1024, "window_right": None, "alibi": True}, True),
+        ({"q_len": 1024, "window_right": None, "dropout_p": 0.1}, True),
+        ({"q_len": 1024, "window_right": None, "bias": "additive", "bias_shape": (1, 16, 1024, 1024)}, True),
+        ({"q_len": 1024, "window_right": None, "qk_dim": 256}, True),
         ({"q_len": 1024, "window_right": None, "table": True}, True),
         ({"q_len": 1024, "k_len": 1000}, False),
         ({"q_len": 1024, "k_len": 1025}, True),
@@ -106,7 +114,8 @@ def test_blocks_of_dq_passed_on_together(changes: dict[str, Any], blocks: int) -
 @pytest.mark.parametrize(
     ("changes", "kernel"),
     [
-        ({}, "prologue"),
+        ({}, "none"),
+        ({"q_len": 8192, "k_len": 8192}, "prologue"),
         ({"window_right": 0, "q_len": 2048, "k_len": 2048}, "none"),
         ({"qk_dim": 192}, "values"),
         ({"qk_dim": 192, "window_right": 0, "q_len": 8192, "k_len": 8192}, "values"),
@@ -136,3 +145,25 @@ def test_one_kernel_clears_dq_or_none(changes: dict[str, Any], kernel: str) -> N
 )  # fmt: skip
 def test_the_launch_for_dv_clears_all_of_dq(case: Case) -> None:
     run_case(case, "hopper", torch.bfloat16, "cuda")  # whose memory is NaN before it is written
+
+
+_AROUND = Case("around", "one tile of keys", q_len=1000, k_len=128, heads=4, kv_heads=2, dim=128)
+
+
+@pytest.mark.gpu(seconds=60.0)
+@on_hopper
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        _AROUND,
+        replace(
+            _AROUND, id="around-many", why="more tiles than programs", q_len=2048, k_len=2048, heads=10, kv_heads=10
+        ),
+        replace(_AROUND, id="around-all", why="rows as keys", q_len=640, k_len=640, softcap=5.0, sinks=True, dlse=True),
+        replace(_AROUND, id="around-odd", why="head dims that are no tiles'", q_len=300, k_len=256, dim=80, v_dim=72),
+    ],
+    ids=str,
+)
+def test_walks_go_around(case: Case, dtype: torch.dtype) -> None:
+    run_case(case, "hopper", dtype, "cuda")

@@ -58,6 +58,7 @@ CASES = (
 # The first tile of keys that comes to a block of dQ stores it: walks are short, and no order is asked for.
 FIRST = (
     Case("first", "many tiles at a time", q_len=1000, k_len=1000, heads=8, dim=128, mask=Causal()),
+    Case("first-around", "walks that begin with rows of their own", q_len=1000, k_len=768, heads=8, dim=128),
     Case("first-wide", "steps of one block", q_len=1000, k_len=1000, heads=8, dim=256, mask=Causal()),
     Case("first-latent", "", q_len=1000, k_len=1000, heads=8, dim=192, v_dim=128, mask=Causal()),
     Case(

@@ -117,6 +117,7 @@ def backward_kernel(
     BIAS: gl.constexpr, BIAS_ALIGN: gl.constexpr, BIAS_STEP: gl.constexpr, BIAS_TILES: gl.constexpr,
     DROPOUT: gl.constexpr, ORDERED: gl.constexpr, DBIAS: gl.constexpr, TURN: gl.constexpr,
     CLEARED: gl.constexpr, PRODUCTS: gl.constexpr, ROTATES: gl.constexpr, PANELS: gl.constexpr, MAKES: gl.constexpr,
+    AROUND: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
     PANEL: gl.constexpr = k_desc.block_type.shape[-1]
@@ -126,7 +127,7 @@ def backward_kernel(
     counter = counters + (1 if MAKES == "values" else 0)  # each launch counts its own items
     items = Items(
         counter, words(2 * RECORD), barriers(2, 1), lengths, rows, heads, group, padded, scratch, tiles, programs,
-        section, TURN > 0, BLOCK_M, GROUPS, PRODUCTS,
+        section, TURN > 0, BLOCK_M, GROUPS, PRODUCTS, AROUND,
     )  # fmt: skip
     mask = Mask(first_rows, end_rows, stride_tb, left, right, KIND, LEFT, RAGGED)
     scoring = Scoring(

@@ -184,6 +184,7 @@ def prepare(
         "ROTATES": config.rotates,
         "PANELS": 3 if config.panels else 1,
         "MAKES": makes,
+        "AROUND": backward_configs.goes_around(problem),
         # dV needs no dS, nor what would bound it.
         "PRODUCTS": "narrow" if makes == "values" else backward_prologue.products(problem),
         "DBIAS": "boxes" if tiles_out else "none" if kind == "row" else kind,

@@ -37,11 +37,12 @@ class Reduction:
     def add_item(self, n, passed, place, spans):
         """dQ of all steps of an item, from step n on, after which so many blocks were passed on; both for the next."""
         GROUPS: gl.constexpr = self.pipes.GROUPS
-        first, _ = whole(spans)
+        first, last = whole(spans)
         origin = n
         owed = gl.to_tensor(-1)
         for g in range(place.group if self.pipes.GROUPED else 1):
-            known = place.tile, owed, passed, 0 if self.turns.STEPS > 0 else self.turns.look(place.block(g) + first)
+            block = place.block(g) + place.rows(first, last)
+            known = place.tile, owed, passed, 0 if self.turns.STEPS > 0 else self.turns.look(block)
             begin = first
             if self.mask.KIND != "none" or self.mask.RAGGED:
                 for w in gl.static_range(1, GROUPS):
@@ -80,10 +81,10 @@ class Reduction:
             pipes.scores.await_full(n)
             if dbias.KIND == "boxes":
                 dbias.send(n, i * pipes.BLOCK_M, g, pipes, place, FROM, TO)
-            is_first, passed = self._add(base + i, n, place.turn, due, passed, seen, before, FROM, TO)
+            is_first, passed = self._add(base + place.rows(i, last), n, place.turn, due, passed, seen, before, FROM, TO)
             if turns.STEPS == 0:
-                owed = gl.where(is_first, base + i, -1)
-                seen = turns.look(base + gl.minimum(i + 1, last - 1))
+                owed = gl.where(is_first, base + place.rows(i, last), -1)
+                seen = turns.look(base + place.rows(gl.minimum(i + 1, last - 1), last))
             if self.LOADS:
                 ahead = n - origin + pipes.queries.STAGES
                 if ahead < steps_of(place, spans):

@@ -75,7 +75,7 @@ class Turns:
     def await_turn(self, block, seen, before):
         """Waits until `before` tiles have written to a block, if any are to. seen: what `look` answered, if asked."""
         if before > 0:
-            count = gl.max(seen, 0) if self.NOTIFIES else gl.to_tensor(0)
+            count = gl.max(seen, 0) if self.NOTIFIES and not self.CLEARED else gl.to_tensor(0)
             while count < before:
                 count = gl.atomic_add(self.blocks + block, 0, sem="acquire")
 

@@ -22,7 +22,7 @@ LARGEST = gl.constexpr(6e4)  # what float16 surely holds, also of a sum that was
 @aggregate
 class Place:
     """One tile of keys: its sequence, its key-value head and the query heads that share it. turn: which of a program's
-    items.
+    items. AROUND: its walk begins with query tiles of its own, and comes to those before them at the end.
     """
 
     turn: gl.tensor
@@ -41,6 +41,16 @@ class Place:
     VARLEN: gl.constexpr
     BLOCK_M: gl.constexpr
     BLOCK_N: gl.constexpr
+    AROUND: gl.constexpr
+
+    @gluon.jit
+    def rows(self, i, count):
+        """Which of `count` query tiles the walk comes to as the i-th."""
+        if self.AROUND:
+            i += self.tile * (self.BLOCK_N // self.BLOCK_M)
+            return gl.where(i >= count, i - count, i)
+        else:
+            return i
 
     @gluon.jit
     def head(self, g):
@@ -80,6 +90,7 @@ class Items:
     BLOCK_M: gl.constexpr
     GROUPS: gl.constexpr
     PRODUCTS: gl.constexpr
+    AROUND: gl.constexpr
 
     @gluon.jit
     def take(self, turn, mask, WARPS: gl.constexpr):
@@ -195,7 +206,7 @@ class Items:
         first_key = gl.maximum(tile, 0) * (self.GROUPS * KEYS)  # walks are worked out for no item, too
         return Place(
             turn, tile, b, kv_h, self.heads, self.group, first_key, q_start, q_len, k_start, k_len, scratch,
-            self.padded, self.lengths.VARLEN, self.BLOCK_M, self.GROUPS * KEYS,
+            self.padded, self.lengths.VARLEN, self.BLOCK_M, self.GROUPS * KEYS, self.AROUND,
         )  # fmt: skip
 
 

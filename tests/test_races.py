@@ -77,6 +77,11 @@ def results(case: Case) -> dict[str, Tensor]:
     return evaluate(case, build(case, torch.bfloat16, "cuda"), "hopper")
 
 
+def results_with_ordered_dq(case: Case) -> dict[str, Tensor]:
+    """Results of a call, but dq as the deterministic backward makes it, in which walks may begin with other rows."""
+    return {**results(case), "dq": results(replace(case, deterministic=True))["dq"]}
+
+
 def differing(found: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
     """Names of results that differ in a bit."""
     return [name for name, tensor in expected.items() if not torch.equal(found[name], tensor)]
@@ -159,7 +164,7 @@ class TestOnHopper:
     @pytest.mark.parametrize("at_most", [FEW, MULTIPROCESSORS])
     def test_blocks_of_dq_are_stored_before_others_add(self, case: Case, at_most: int, tmp_path: Path) -> None:
         inputs = build(case, torch.bfloat16, "cuda")
-        expected = evaluate(replace(case, deterministic=True), inputs, "hopper")
+        expected = results_with_ordered_dq(case)
         with programs(at_most):
             for _ in range(REPEATS):
                 found = evaluate(case, inputs, "hopper")
@@ -170,7 +175,7 @@ class TestOnHopper:
 
     @pytest.mark.parametrize("case", FIRST, ids=str)
     def test_a_missing_wait_for_a_block_of_dq_is_seen(self, case: Case, tmp_path: Path) -> None:
-        expected = results(replace(case, deterministic=True))
+        expected = results_with_ordered_dq(case)
         with mutants.planted(mutants.UNAWAITED_STORES, tmp_path):
             found = results(case)
         assert differing(found, expected) == ["dq"]

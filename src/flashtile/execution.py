@@ -81,8 +81,11 @@ def empty_gradients(call: Call) -> tuple[Tensor, Tensor | None, Tensor | None]:
 
 def empty_out(q: Tensor, problem: Problem) -> Tensor:
     """Memory for the result, its dimensions in q's own order (head_dim innermost), as PyTorch's attention has it."""
+    same = problem.v_dim == problem.qk_dim
+    if same and q.is_contiguous():  # most are, and it is the quicker question
+        return torch.empty_like(q)
     *strides, innermost = q.stride()
-    if innermost == 1 and problem.v_dim == problem.qk_dim:
+    if same and innermost == 1:
         return torch.empty_like(q)
     shape = problem.out_shape
     if all(outer >= inner for outer, inner in pairwise(strides)):

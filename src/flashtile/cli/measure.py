@@ -167,7 +167,7 @@ class Contest:
         """Adds time, speed and memory to the rows."""
         tasks = [Task(prepared, mode) for _, prepared in ready]
         if mode == "host":
-            results = [timing.host_times(task, self.device) for task in tasks]
+            results = timing.host_times(tasks, self.device)
         else:
             results = timing.device_times(tasks, self.device, self.seconds)
         del tasks

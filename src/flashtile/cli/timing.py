@@ -103,19 +103,28 @@ def _between_events(action: Action, flush: torch.Tensor, count: int) -> list[flo
     return [start.elapsed_time(end) for start, end in events]
 
 
-def host_times(action: Action, device: str) -> list[float]:
-    """Microseconds that the host spends in each call; the device's queue is emptied often, so that it never fills."""
+def host_times(actions: Sequence[Action], device: str) -> list[list[float]]:
+    """Microseconds that the host spends in each call, by action, in turns: what else the host does differs by the
+    second. The device's queue is emptied often, so that it never fills.
+    """
+    repeats: list[list[float]] = [[] for _ in actions]
+    for index in in_turns(len(actions)):
+        with actions[index].context():
+            repeats[index] += _of_the_host(actions[index], device, HOST_CALLS // TURNS)
+    return repeats
+
+
+def _of_the_host(action: Action, device: str, count: int) -> list[float]:
+    for _ in range(WARM_UPS):
+        action()
     times = []
-    with action.context():
-        for _ in range(WARM_UPS):
-            action()
-        for index in range(HOST_CALLS):
-            if index % CALLS_IN_QUEUE == 0:
-                synchronize(device)
-            before = time.perf_counter()
-            action()
-            times.append((time.perf_counter() - before) * 1e6)
-        synchronize(device)
+    for index in range(count):
+        if index % CALLS_IN_QUEUE == 0:
+            synchronize(device)
+        before = time.perf_counter()
+        action()
+        times.append((time.perf_counter() - before) * 1e6)
+    synchronize(device)
     return times
 
 

@@ -75,7 +75,7 @@ def run(
     ready = _ready.get(key)
     if ready is None:
         _launch_first(kernel, key, prepare(problem, call, tensors, variant), (*tensors, *arguments.extras(call)))
-    elif device == torch._C._cuda_getDevice():
+    elif device == torch.cuda.current_device():
         _launch_again(ready, device, addresses)
     else:
         with torch.cuda.device(device):

@@ -6,6 +6,8 @@ import json
 import re
 import subprocess
 import sys
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -235,6 +237,15 @@ def test_turns_begin_with_each_in_its_turn() -> None:
     turns = timing.in_turns(3)
     assert len(turns) == 3 * timing.TURNS
     assert turns[:9] == [0, 1, 2, 1, 2, 0, 2, 0, 1]
+
+
+def test_the_host_is_timed_in_turns() -> None:
+    calls: list[str] = []
+    actions = [timing.Plain(partial(calls.append, name)) for name in "ab"]
+    times = timing.host_times(actions, "cpu")
+    assert [len(repeats) for repeats in times] == [timing.HOST_CALLS] * 2
+    changes = sum(before != after for before, after in pairwise(calls))
+    assert changes == timing.TURNS  # ab ba ab ba ab
 
 
 def test_without_memory_for_all_at_once_each_is_timed_alone(monkeypatch: pytest.MonkeyPatch) -> None:

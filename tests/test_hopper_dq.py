@@ -9,8 +9,6 @@ import pytest
 import torch
 from places import on_hopper
 
-pytest.importorskip("triton")
-
 from flashtile.backends.hopper import backward_configs, backward_pass
 from flashtile.problem import Problem
 from flashtile.testing import Case, run_case

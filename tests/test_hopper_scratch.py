@@ -9,8 +9,6 @@ import torch
 from places import GPU
 from torch import Tensor
 
-pytest.importorskip("triton")
-
 from flashtile.backends.hopper import backward_configs, backward_epilogue, backward_pass, backward_prologue
 from flashtile.gpu import arguments
 from flashtile.problem import Call, Problem

@@ -3,11 +3,12 @@
     for each query tile i:   P^T = exp2(K Q_i^T - lse_i)     dP^T = V dO_i^T       dV += P^T dO_i
                              dS^T = P^T (dP^T - delta_i)     dK += dS^T Q_i        dQ_i += dS K
 
-Three roles (docs/kernels/hopper_backward.md has the drawing): a warp loads; two consumer warp groups of 64 keys each
+Four roles (docs/kernels/hopper_backward.md has the drawing): a warp loads; two consumer warp groups of 64 keys each
 make S, P, dP and dS and keep dK and dV in their registers; one warp group makes dQ from the dS of both, for a float32
-accumulator in memory (backward_reduce.py). The query heads that share the key-value head are walked through one after
-the other, so dK and dV of grouped heads are summed in registers. Head dims above 128 have consumers of their own
-(backward_wide.py, backward_split.py), where values are narrower in a launch for dK and dQ and one for dV.
+accumulator in memory (backward_reduce.py); a warp tells other programs what of it was written (backward_turns.py).
+The query heads that share the key-value head are walked through one after the other, so dK and dV of grouped heads are
+summed in registers. Head dims above 128 have consumers of their own (backward_wide.py, backward_split.py), where values
+are narrower in a launch for dK and dQ and one for dV.
 """
 
 from triton.experimental import gluon

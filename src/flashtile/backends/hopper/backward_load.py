@@ -35,7 +35,7 @@ class Sources:
         g = 0
         if pipes.GROUPED:
             g = step // (last - first)
-        i = place.rows(first + step - g * (last - first), last)
+        i = place.query_tile(first + step - g * (last - first), last)
         h = place.head(g)
         row = i * BLOCK_M
         BIAS_BYTES: gl.constexpr = pipes.GROUPS * self.bias.block_type.nbytes if pipes.BIAS_TILES else 0

@@ -41,7 +41,7 @@ class Reduction:
         origin = n
         owed = gl.to_tensor(-1)
         for g in range(place.group if self.pipes.GROUPED else 1):
-            block = place.block(g) + place.rows(first, last)
+            block = place.block(g) + place.query_tile(first, last)
             known = place.tile, owed, passed, 0 if self.turns.STEPS > 0 else self.turns.look(block)
             begin = first
             if self.mask.KIND != "none" or self.mask.RAGGED:
@@ -81,10 +81,11 @@ class Reduction:
             pipes.scores.await_full(n)
             if dbias.KIND == "boxes":
                 dbias.send(n, i * pipes.BLOCK_M, g, pipes, place, FROM, TO)
-            is_first, passed = self._add(base + place.rows(i, last), n, place.turn, due, passed, seen, before, FROM, TO)
+            block = base + place.query_tile(i, last)
+            is_first, passed = self._add(block, n, place.turn, due, passed, seen, before, FROM, TO)
             if turns.STEPS == 0:
-                owed = gl.where(is_first, base + place.rows(i, last), -1)
-                seen = turns.look(base + place.rows(gl.minimum(i + 1, last - 1), last))
+                owed = gl.where(is_first, block, -1)
+                seen = turns.look(base + place.query_tile(gl.minimum(i + 1, last - 1), last))
             if self.LOADS:
                 ahead = n - origin + pipes.queries.STAGES
                 if ahead < steps_of(place, spans):

@@ -57,7 +57,7 @@ class Turns:
     @gluon.jit
     def is_first(self, block, seen, before):
         """True where the caller is to store a block, for nobody has. Where there is no order, else waits until somebody
-        has. seen: what `look` answered a while ago; before: as below.
+        has. seen: what `look` answered a while ago; before: how many tiles write to it first in an order.
         """
         if self.CLEARED:
             return False
@@ -109,8 +109,8 @@ class Turns:
 
     @gluon.jit
     def say(self, block):
-        """Others may add to a block. Relaxed, this arrives before what was written, once in a while; not so, it takes
-        up to a quarter of a step.
+        """Others may add to a block. Relaxed, this arrives before what was written, once in a while; the fence that it
+        has instead takes a seventh of a step (head dim 256, causal, 4096: 2180 us, and 1868 without).
         """
         if self.STEPS > 0:
             gl.atomic_add(self.blocks + block, 1, sem="release")

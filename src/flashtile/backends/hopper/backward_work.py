@@ -44,7 +44,7 @@ class Place:
     AROUND: gl.constexpr
 
     @gluon.jit
-    def rows(self, i, count):
+    def query_tile(self, i, count):
         """Which of `count` query tiles the walk comes to as the i-th."""
         if self.AROUND:
             i += self.tile * (self.BLOCK_N // self.BLOCK_M)

@@ -59,18 +59,18 @@ def hopper_problems(few: bool) -> Iterator[Problem]:
     yield causal
     yield replace(causal, qk_dim=64, v_dim=64)
     yield replace(causal, window_left=1000, **packed)
-    latent = replace(causal, qk_dim=192, v_dim=128)
+    latent = replace(causal, qk_dim=192, v_dim=128, kv_heads=16)
     yield latent
     short = {"q_len": 1024, "k_len": 1024, "kv_heads": 16}
     yield replace(causal, **short)
-    yield replace(latent, dtype=torch.float16, dropout_p=0.1, window_left=1000, deterministic=True)
+    yield replace(latent, dtype=torch.float16, dropout_p=0.1, window_left=1000, deterministic=True, kv_heads=4)
     if few:
         return
     yield replace(latent, **short)
     yield replace(causal, qk_dim=256, v_dim=256, window_left=1000, **short)
-    yield replace(latent, window_right=None, table=True)
-    yield replace(latent, alibi=True, **packed)
-    yield replace(latent, dtype=torch.float16)
+    yield replace(latent, window_right=None, table=True, kv_heads=4)
+    yield replace(latent, alibi=True, kv_heads=4, **packed)
+    yield replace(latent, window_right=None, dtype=torch.float16, deterministic=True)
     yield replace(latent, softcap=30.0)
     for dim in (64, 128, 256):
         yield replace(plain, qk_dim=dim, v_dim=dim)

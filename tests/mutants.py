@@ -97,7 +97,7 @@ _AWAIT_DONE = "    pipes.await_done(turn)"
 _WEIGH = "    bits = kept_bits(m, keys, scoring)"
 _SCORE = "    pipes.scores.await_empty(n)"
 _PASS_ON = "                turns.say(block)"
-_TAKE_ITEM = "        place, spans = items.take(turn, mask, WARPS)"
+_TAKE_ITEM = "        place, spans = items.take(turn, mask, 1)"
 _TAKE_ITEM_WITHOUT_LOADER = "            place, spans = items.take(turn, mask, 4)"
 
 DELAYED = (

@@ -86,25 +86,25 @@ def test_tiles_of_the_backward(dim: int, v_dim: int, keys: int, widths: tuple[in
 @pytest.mark.parametrize(
     ("changes", "launches"),
     [
-        ({}, ("values", "keys")),
-        ({"qk_dim": 136, "v_dim": 72, "dtype": torch.float16, "dropout_p": 0.1}, ("values", "keys")),
-        ({"alibi": True, "sinks": True, "deterministic": True, "window_left": 100}, ("values", "keys")),
-        ({"varlen": True, "total_q": 9, "total_k": 9}, ("values", "keys")),
-        ({"table": True}, ("values", "keys")),
-        ({"softcap": 3.0}, ("both",)),
-        ({"bias": "boolean", "bias_shape": (1, 1, 1, 4096)}, ("both",)),
-        ({"bias": "additive", "bias_shape": (2, 16, 4096, 4096)}, ("both",)),
-        ({"qk_dim": 128}, ("both",)),
-        ({"qk_dim": 193}, ("both",)),
-        ({"v_dim": 64}, ("both",)),
-        ({"v_dim": 129}, ("both",)),
+        ({}, ["values", "keys"]),
+        ({"qk_dim": 136, "v_dim": 72, "dtype": torch.float16, "dropout_p": 0.1}, ["values", "keys"]),
+        ({"alibi": True, "sinks": True, "deterministic": True, "window_left": 100}, ["values", "keys"]),
+        ({"varlen": True, "total_q": 9, "total_k": 9}, ["values", "keys"]),
+        ({"table": True}, ["values", "keys"]),
+        ({"softcap": 3.0}, ["both"]),
+        ({"bias": "boolean", "bias_shape": (1, 1, 1, 4096)}, ["both"]),
+        ({"bias": "additive", "bias_shape": (2, 16, 4096, 4096)}, ["both"]),
+        ({"qk_dim": 128}, ["both"]),
+        ({"qk_dim": 193}, ["both"]),
+        ({"v_dim": 64}, ["both"]),
+        ({"v_dim": 129}, ["both"]),
     ],
 )
-def test_dv_of_narrower_values_has_a_launch_of_its_own(changes: dict[str, Any], launches: tuple[str, ...]) -> None:
+def test_dv_of_narrower_values_has_a_launch_of_its_own(changes: dict[str, Any], launches: list[str]) -> None:
     problem = replace(PLAIN, **{"qk_dim": 192, "v_dim": 128, **changes})
-    assert backward_configs.launches(problem) == launches
-    assert {backward_configs.pick(problem, makes=makes).panels for makes in launches} == {launches != ("both",)}
-    if launches != ("both",):
+    assert [launch.makes for launch in backward_configs.launches(problem)] == launches
+    assert {backward_configs.pick(problem, makes=makes).panels for makes in launches} == {launches != ["both"]}
+    if launches != ["both"]:
         assert backward_configs.accumulator_columns(problem) == 192
         assert backward_configs.exit_columns(problem) == 64
 

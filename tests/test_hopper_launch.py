@@ -83,8 +83,8 @@ def test_launches_of_one_kernel_are_told_from_each_other(kernel: Kernel) -> None
     q = inputs()
     for _ in range(2):
         launches = launch.Launches(PROBLEM, Call(q, q, q), ("backward",), (q,))
-        for number, makes in enumerate(("keys", "values")):
-            launches.run(kernel, (q,), (q,), partial(plan, number), makes)
+        for number, name in enumerate(("backward_keys", "backward_values")):
+            launches.run(kernel, (q,), (q,), partial(plan, number), name)
     assert [numbers["number"] for _, _, numbers in kernel.first] == [0, 1]
     assert [passed[-1] for _, passed in kernel.again] == [0, 1]
 

@@ -10,6 +10,7 @@ from places import GPU
 from torch import Tensor
 
 from flashtile.backends.hopper import backward_configs, backward_epilogue, backward_pass, backward_prologue
+from flashtile.backends.hopper.backward_turns import COUNTERS
 from flashtile.gpu import arguments
 from flashtile.problem import Call, Problem
 
@@ -50,7 +51,7 @@ def test_dq_is_read_as_it_was_added(dim: int, v_dim: int, columns: int) -> None:
     assert backward_configs.accumulator_columns(chosen) == columns
     added = torch.randint(-100, 100, (2, HEADS, 128, columns)).float()
     accumulated = as_it_leaves(added.flatten(0, 2), backward_configs.exit_columns(chosen))
-    dq = read(chosen, accumulated, torch.zeros(2, dtype=torch.int32))
+    dq = read(chosen, accumulated, torch.zeros(COUNTERS.value, dtype=torch.int32))
     assert torch.equal(dq.float(), 0.5 * added.transpose(1, 2)[:, :ROWS, :, :dim])
 
 
@@ -68,7 +69,7 @@ def test_rows_to_which_nothing_was_written_have_no_gradient() -> None:
     added = torch.randint(-100, 100, (2, HEADS, 2, 64, 128)).float()
     written = torch.tensor([[[3, 0], [3, 3]], [[0, 3], [0, 0]]], dtype=torch.int32)
     accumulated = as_it_leaves(torch.where(written[..., None, None] > 0, added, torch.nan).flatten(0, 3), 64)
-    dq = read(chosen, accumulated, torch.cat([torch.zeros(2, dtype=torch.int32), written.flatten()]))
+    dq = read(chosen, accumulated, torch.cat([torch.zeros(COUNTERS.value, dtype=torch.int32), written.flatten()]))
     expected = torch.where(written[..., None, None] > 0, added, 0.0).flatten(2, 3)
     assert torch.equal(dq.float(), 0.5 * expected.transpose(1, 2)[:, :ROWS])
 
@@ -83,10 +84,25 @@ def test_counters_begin_with_zeros_and_so_does_what_is_added_to(dim: int, v_dim:
     accumulated.fill_(torch.nan)
     counters.fill_(7)
     tensors = (out, out, lse, lse, rows, accumulated, counters, rows, sums)
-    plan = backward_prologue.prepare(chosen, call, ("none", False), tensors)
+    plan = backward_prologue.prepare(chosen, call, ("none", False, True), tensors)
     launch(backward_prologue.prologue_kernel, plan, call, tensors)
     assert not counters.any()
-    assert counters.numel() == 2 + (right == 0) * 2 * HEADS * 2  # two blocks for each head
+    assert counters.numel() == COUNTERS.value + (right == 0) * 2 * HEADS * 2  # two blocks for each head
     # 192 columns with values of 128 begin with zeros from the launch that makes dV, which only a GPU can run.
     untouched = right == 0 or dim > v_dim
     assert accumulated.isnan().all() if untouched else not accumulated.any()
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_delta_is_made_here_or_left_to_the_launch_for_dv(here: bool) -> None:
+    chosen = problem(192, 128)
+    q, out, dout = torch.zeros(2, ROWS, HEADS, 192), *torch.randn(2, 2, ROWS, HEADS, 128).bfloat16()
+    call, lse = Call(q.bfloat16(), q, out), torch.zeros(2, HEADS, ROWS)
+    rows, accumulated, counters, sums = backward_pass._scratch(chosen, lse)
+    rows.fill_(torch.nan)
+    tensors = (out, dout, lse, lse, rows, accumulated, counters, rows, sums)
+    plan = backward_prologue.prepare(chosen, call, ("none", False, here), tensors)
+    launch(backward_prologue.prologue_kernel, plan, call, tensors)
+    delta = rows[1].reshape(2, HEADS, -1)
+    expected = (out.float() * dout.float()).sum(-1).transpose(1, 2)
+    assert delta.isnan().all() if not here else torch.allclose(delta[..., :ROWS], expected, atol=1e-4)

@@ -45,6 +45,10 @@ CASES = (
         v_dim=128, mask=Causal(), deterministic=True,
     ),
     Case(
+        "mirrored", "walks from either end", q_len=1000, k_len=1024, heads=24, kv_heads=12, dim=128, mask=Causal(),
+        deterministic=True,
+    ),
+    Case(
         "features", "everything that a consumer may wait for besides", q_len=500, k_len=600, heads=4, kv_heads=2,
         dim=128, mask=Window(200, 50), softcap=5.0, alibi="heads", bias="additive", bias_axes="1hqk", sinks=True,
         dropout_p=0.2, deterministic=True,

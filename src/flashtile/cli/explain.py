@@ -223,6 +223,8 @@ def _kernel(problem: Problem, kernel: Kernel, lo: torch.Tensor, hi: torch.Tensor
     """What one kernel launches, and which tiles it visits."""
     tiling = Tiling(lo, hi, problem.k_len, kernel.block_m, kernel.block_n)
     heads = problem.batch * (problem.kv_heads if kernel.shares_keys else problem.q_heads)
+    if kernel.heads is not None:
+        heads = kernel.heads
     counts = tiling.counts()
     steps = -(-problem.k_len // kernel.block_n) if kernel.by_keys else -(-problem.q_len // kernel.block_m)
     return {
@@ -277,7 +279,8 @@ def _traffic(problem: Problem, options: Options, mask: masks.Mask | None, kernel
 def _kernel_traffic(problem: Problem, kernel: Kernel, head: traffic.Shape) -> int:
     """Elements that one kernel moves, all heads."""
     n, m, d, d_v = head[:4]
-    q_heads, kv_heads = problem.batch * problem.q_heads, problem.batch * problem.kv_heads
+    kv_heads = problem.batch * problem.kv_heads if kernel.heads is None else kernel.heads
+    q_heads = kv_heads * problem.group
     if kernel.dense:
         count = traffic.standard_forward(head) if kernel.mode == "forward" else traffic.standard_backward(head)
         return q_heads * count.total

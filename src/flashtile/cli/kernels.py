@@ -19,8 +19,8 @@ class Kernel:
     mode: forward or backward. block_m: query rows of one head in a tile; block_n: keys. by_keys: a program holds a tile
     of keys and walks over queries, else the other way round. shares_keys: a program serves all query heads of a
     key-value head. adds_dq: dq is accumulated in slow memory. dense: the whole score matrix is stored. programs: at
-    most so many, which then walk through the tiles; 0 is one for each tile. compiled_as: its name where Triton kernels
-    are compiled.
+    most so many, which then walk through the tiles; 0 is one for each tile. heads: the key-value heads, of all batches,
+    that it serves; None: all. compiled_as: its name where Triton kernels are compiled.
     """
 
     name: str
@@ -32,6 +32,7 @@ class Kernel:
     adds_dq: bool = False
     dense: bool = False
     programs: int = 0
+    heads: int | None = None
     compiled_as: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
 
@@ -71,18 +72,27 @@ def _hopper(problem: Problem) -> list[Kernel]:
     forward = configs.forward(problem, bias and configs.room_for_bias(problem))
     assert forward is not None, problem
 
-    def backward(makes: str) -> Kernel:
-        config = backward_configs.pick(problem, bias and backward_configs.room_for_bias(problem), makes)
+    names = {
+        "backward": "backward",
+        "backward_keys": "backward, dk and dq",
+        "backward_values": "backward, dv",
+        "backward_early_values": "backward, dv of the first heads",
+        "backward_late_values": "backward, dv of the others",
+    }
+
+    def backward(one: backward_configs.Launch) -> Kernel:
+        config = backward_configs.pick(problem, bias and backward_configs.room_for_bias(problem), one.makes)
         return Kernel(
-            {"both": "backward", "keys": "backward, dk and dq", "values": "backward, dv"}[makes],
+            names[one.name],
             "backward",
             config.block_m,
             config.block_n,
             by_keys=True,
             shares_keys=True,
-            adds_dq=makes != "values",
+            adds_dq=one.makes != "values",
             programs=configs.MULTIPROCESSORS,
-            compiled_as=backward_configs.kernel_name(makes),
+            heads=one.heads,
+            compiled_as=one.name,
             settings={key: value for key, value in asdict(config).items() if key != "block_m"},
         )
 

@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flashtile.backends.hopper import backward_configs, launch
+from flashtile.backends.hopper.backward_turns import COUNTERS
 from flashtile.backends.hopper.strides import aligned_strides
 from flashtile.gpu import arguments
 from flashtile.gpu.sequences import past_end, place, scratch_row, sequence
@@ -62,7 +63,7 @@ def epilogue_kernel(
     at = scratch_row(b, h, heads, q_start, padded, VARLEN) + first_row
     written = True
     if not CLEARED:
-        written = tl.load(counters + 2 + at // ROWS) > 0  # nothing lies there where rows see no key
+        written = tl.load(counters + COUNTERS + at // ROWS) > 0  # nothing lies there where rows see no key
     at = at.to(tl.int64) * COLUMNS
     row = first_row + tl.arange(0, ROWS)
     line = (q_start + row).to(tl.int64)

@@ -16,13 +16,17 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 
 from flashtile.backends.hopper.backward_clear import Clearing
+from flashtile.backends.hopper.backward_delta import Deltas
+from flashtile.backends.hopper.backward_errands import run_errands
+from flashtile.backends.hopper.backward_items import RECORD, Items
+from flashtile.backends.hopper.backward_leave import Leaving
 from flashtile.backends.hopper.backward_load import Sources, load_items
-from flashtile.backends.hopper.backward_reduce import Reduction, load_and_reduce_items, reduce_items
+from flashtile.backends.hopper.backward_reduce import Reduction, reduce_items
 from flashtile.backends.hopper.backward_split import key_gradients, value_gradients
 from flashtile.backends.hopper.backward_step import BiasGradient, keys_of, walk
-from flashtile.backends.hopper.backward_turns import Turns, notify
+from flashtile.backends.hopper.backward_turns import COUNTERS, Turns, notify
 from flashtile.backends.hopper.backward_wide import consume_keys, consume_values
-from flashtile.backends.hopper.backward_work import KEYS, RECORD, Items, Mask, Pipes, Scoring, whole
+from flashtile.backends.hopper.backward_work import KEYS, Mask, Pipes, Scoring, whole
 from flashtile.backends.hopper.descriptors import store_rows, swizzled
 from flashtile.backends.hopper.dialect import barrier
 from flashtile.backends.hopper.lengths import Lengths
@@ -32,6 +36,7 @@ from flashtile.backends.hopper.words import words
 from flashtile.gpu.arguments import RUNTIME
 
 RUNTIME = [*RUNTIME, "stride_bb", "stride_bh", "stride_bm", "stride_gb", "stride_gh"]
+RUNTIME += [f"stride_{tensor}{axis}" for tensor in "oyx" for axis in "bmh"] + ["first_program"]
 
 
 @gluon.jit
@@ -85,7 +90,7 @@ def _store_gradients(dk_desc, dv_desc, dk, dv, turn, place, pipes, scoring, WG: 
     """dV leaves through the memory of its values, dK through the slots of dS: the next keys arrive meanwhile."""
     dtype: gl.constexpr = dk_desc.dtype
     v = pipes.value_tile(turn, WG)
-    key = place.first_key + KEYS * WG
+    key = place.key(WG)
     scale = scoring.scale
     if scoring.DROPOUT:
         dv = dv * scoring.keep_scale
@@ -106,31 +111,90 @@ def _store_gradients(dk_desc, dv_desc, dk, dv, turn, place, pipes, scoring, WG: 
     pipes.values.release(pipes.of_values(turn))
 
 
+@gluon.jit
+def _play_roles(
+    dk_desc, dv_desc, pipes, items, mask, scoring, bias_gradient, reduction, weights, sources, turns, errands,
+    CONSUME_REGISTERS: gl.constexpr, LOAD_REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """All warp groups at once, each in its role."""
+    # Consumers come as workers: in the default partition the compiler keeps more addresses in registers than there are.
+    if pipes.GROUPS == 1:
+        gl.warp_specialize(
+            [
+                (reduce_items, (reduction, items)),
+                (consume_values, (dv_desc, pipes, weights, items, mask, scoring)),
+                (consume_keys, (dk_desc, pipes, weights, items, mask, scoring, bias_gradient)),
+                (load_items, (sources, pipes, items, mask)),
+                (notify, (turns,)),
+            ],
+            [4, 4, 1, 1],
+            [CONSUME_REGISTERS, CONSUME_REGISTERS, LOAD_REGISTERS, LOAD_REGISTERS],
+        )
+    elif pipes.GROUPS == 2:
+        gl.warp_specialize(
+            [
+                (reduce_items, (reduction, items)),
+                (_consume, (dk_desc, dv_desc, pipes, items, mask, scoring, bias_gradient, 0)),
+                (_consume, (dk_desc, dv_desc, pipes, items, mask, scoring, bias_gradient, 1)),
+                (load_items, (sources, pipes, items, mask)),
+                (notify, (turns,)),
+            ],
+            [4, 4, 1, 1],
+            [CONSUME_REGISTERS, CONSUME_REGISTERS, LOAD_REGISTERS, LOAD_REGISTERS],
+        )
+    elif pipes.MAKES == "values":
+        gl.warp_specialize(
+            [
+                (run_errands, errands),
+                (_consume, (dk_desc, dv_desc, pipes, items, mask, scoring, bias_gradient, 0)),
+                (_consume, (dk_desc, dv_desc, pipes, items, mask, scoring, bias_gradient, 1)),
+                (_consume, (dk_desc, dv_desc, pipes, items, mask, scoring, bias_gradient, 2)),
+                (load_items, (sources, pipes, items, mask)),
+            ],
+            [4, 4, 4, 1],
+            [CONSUME_REGISTERS, CONSUME_REGISTERS, CONSUME_REGISTERS, LOAD_REGISTERS],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (reduce_items, (reduction, items)),
+                (_consume, (dk_desc, dv_desc, pipes, items, mask, scoring, bias_gradient, 0)),
+                (_consume, (dk_desc, dv_desc, pipes, items, mask, scoring, bias_gradient, 1)),
+                (_consume, (dk_desc, dv_desc, pipes, items, mask, scoring, bias_gradient, 2)),
+            ],
+            [4, 4, 4],
+            [CONSUME_REGISTERS, CONSUME_REGISTERS, CONSUME_REGISTERS],
+        )
+
+
 @gluon.jit(do_not_specialize=RUNTIME)
 def backward_kernel(
     q_desc, k_desc, v_desc, do_desc, rows_desc, dq_desc, dk_desc, dv_desc, bias_desc, dbias_desc, first_rows, end_rows,
-    dbias, counters, rows, bias, slopes, sinks, cu_q, cu_k, lo, hi, rng, mailbox, stride_bb, stride_bh, stride_bm,
-    stride_gb, stride_gh, stride_sb, stride_tb, batch, heads, group, max_q, max_k, total_q, total_k, padded, scratch,
-    tiles, programs, section, left, right, scale, softcap, threshold, keep_scale, BLOCK_M: gl.constexpr,
-    GROUPS: gl.constexpr, DIM: gl.constexpr, DIM_V: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr,
+    dbias, counters, rows, out, dout, accumulated, dq, bias, slopes, sinks, cu_q, cu_k, lo, hi, rng, mailbox, stride_bb,
+    stride_bh, stride_bm, stride_gb, stride_gh, stride_ob, stride_om, stride_oh, stride_yb, stride_ym,
+    stride_yh, stride_xb, stride_xm, stride_xh, stride_sb, stride_tb, batch, heads, group, max_q,
+    max_k, total_q, total_k, padded, scratch, tiles, first_program, programs, section, left, right, scale, softcap,
+    threshold, keep_scale, BLOCK_M: gl.constexpr, GROUPS: gl.constexpr, DIM: gl.constexpr, DIM_V: gl.constexpr,
+    STAGES: gl.constexpr, SLOTS: gl.constexpr,
     CONSUME_REGISTERS: gl.constexpr, LOAD_REGISTERS: gl.constexpr, GROUPED: gl.constexpr, VARLEN: gl.constexpr,
     KIND: gl.constexpr, LEFT: gl.constexpr, RAGGED: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr,
     BIAS: gl.constexpr, BIAS_ALIGN: gl.constexpr, BIAS_STEP: gl.constexpr, BIAS_TILES: gl.constexpr,
     DROPOUT: gl.constexpr, ORDERED: gl.constexpr, DBIAS: gl.constexpr, TURN: gl.constexpr,
     CLEARED: gl.constexpr, PRODUCTS: gl.constexpr, ROTATES: gl.constexpr, PANELS: gl.constexpr, MAKES: gl.constexpr,
-    AROUND: gl.constexpr,
+    AROUND: gl.constexpr, MIRRORS: gl.constexpr, ALIGN: gl.constexpr, O_STEP: gl.constexpr, Y_STEP: gl.constexpr,
+    X_STEP: gl.constexpr, COLUMNS: gl.constexpr, COLUMNS_V: gl.constexpr, COUNTER: gl.constexpr, CLEARS: gl.constexpr,
+    ERRAND: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
     PANEL: gl.constexpr = k_desc.block_type.shape[-1]
     D: gl.constexpr = PANELS * PANEL
     DV: gl.constexpr = v_desc.block_type.shape[-1]
     lengths = Lengths(cu_q, cu_k, mailbox, max_q, max_k, total_q, total_k, VARLEN)
-    counter = counters + (1 if MAKES == "values" else 0)  # each launch counts its own items
     items = Items(
-        counter, words(2 * RECORD), barriers(2, 1), lengths, rows, heads, group, padded, scratch, tiles, programs,
-        section, TURN > 0, BLOCK_M, GROUPS, PRODUCTS, AROUND,
+        counters + COUNTER, words(2 * RECORD), barriers(2, 1), lengths, rows, heads, group, padded, scratch, tiles,
+        first_program, programs, section, TURN > 0, BLOCK_M, GROUPS, PRODUCTS, AROUND, MIRRORS,
     )  # fmt: skip
-    mask = Mask(first_rows, end_rows, stride_tb, left, right, KIND, LEFT, RAGGED)
+    mask = Mask(first_rows, end_rows, stride_tb, left, right, KIND, LEFT, LEFT or MIRRORS, RAGGED)
     scoring = Scoring(
         bias, slopes, rng, stride_bb, stride_bh, stride_bm, stride_sb, scale, softcap, threshold, keep_scale, SOFTCAP,
         ALIBI, BIAS, BIAS_ALIGN, BIAS_STEP, BIAS_TILES, DROPOUT, ORDERED,
@@ -160,10 +224,19 @@ def backward_kernel(
     exits = row_tiles  # stands in where dQ is not made
     if MAKES != "values":
         exits = gl.allocate_shared_memory(gl.float32, [SLOTS, dq_desc.block_type.shape[0], 256], dq_desc.layout)
-    clearing = Clearing(dq_desc, exits, scratch, False)
-    if MAKES == "values" and CLEARED:
+    zeros = exits
+    if CLEARS:
         zeros = gl.allocate_shared_memory(gl.float32, dq_desc.block_type.shape, dq_desc.layout)
-        clearing = Clearing(dq_desc, zeros, scratch // 64 * PANELS, True)
+    clearing = Clearing(dq_desc, zeros, scratch // 64 * PANELS, CLEARS)
+    deltas = Deltas(
+        out, dout, rows + scratch, stride_ob * ALIGN, stride_om * ALIGN, stride_oh * ALIGN, stride_yb * ALIGN,
+        stride_ym * ALIGN, stride_yh * ALIGN, heads, max_q, padded, scratch, COLUMNS_V, DV, O_STEP, Y_STEP,
+        ERRAND == "delta",
+    )  # fmt: skip
+    leaving = Leaving(
+        accumulated, counters + COUNTERS, dq, stride_xb * ALIGN, stride_xm * ALIGN, stride_xh * ALIGN, heads, max_q,
+        padded, scratch, scale, COLUMNS, D, X_STEP, CLEARED, ERRAND == "dq",
+    )  # fmt: skip
     empty = barriers(STAGES, 2 if GROUPS == 1 else GROUPS)
     read = barriers(2, 1)
     pipes = Pipes(
@@ -175,46 +248,15 @@ def backward_kernel(
     notices = Ring(items.records.memory, items.announced, items.announced, 2)  # stands in where there are none
     if NOTIFIES:
         notices = Ring(words(2).memory, barriers(2, 1), barriers(2, 1), 2)
-    turns = Turns(counters + 2, notices, CLEARED, TURN, NOTIFIES)
+    turns = Turns(counters + COUNTERS, notices, CLEARED, TURN, NOTIFIES)
+    weights = pipes.scores  # stands in where there is one consumer for both
     if GROUPS == 1:
         weights = Ring(ds_tiles, barriers(2, 1), read, 2)  # P, until dS takes its place
     fence_async_shared()
     barrier()
     sources = Sources(q_desc, k_desc, v_desc, do_desc, rows_desc, bias_desc, stride_bb, stride_bh)
     reduction = Reduction(dq_desc, turns, sources, pipes, mask, bias_gradient, GROUPS == 3)
-    # Consumers come as workers: in the default partition the compiler keeps more addresses in registers than there are.
-    if GROUPS == 1:
-        gl.warp_specialize(
-            [
-                (reduce_items, (reduction, items)),
-                (consume_values, (dv_desc, pipes, weights, items, mask, scoring)),
-                (consume_keys, (dk_desc, pipes, weights, items, mask, scoring, bias_gradient)),
-                (load_items, (sources, pipes, items, mask, clearing, 1)),
-                (notify, (turns,)),
-            ],
-            [4, 4, 1, 1],
-            [CONSUME_REGISTERS, CONSUME_REGISTERS, LOAD_REGISTERS, LOAD_REGISTERS],
-        )
-    elif GROUPS == 2:
-        gl.warp_specialize(
-            [
-                (reduce_items, (reduction, items)),
-                (_consume, (dk_desc, dv_desc, pipes, items, mask, scoring, bias_gradient, 0)),
-                (_consume, (dk_desc, dv_desc, pipes, items, mask, scoring, bias_gradient, 1)),
-                (load_items, (sources, pipes, items, mask, clearing, 1)),
-                (notify, (turns,)),
-            ],
-            [4, 4, 1, 1],
-            [CONSUME_REGISTERS, CONSUME_REGISTERS, LOAD_REGISTERS, LOAD_REGISTERS],
-        )
-    else:
-        gl.warp_specialize(
-            [
-                (load_and_reduce_items, (reduction, items, clearing)),
-                (_consume, (dk_desc, dv_desc, pipes, items, mask, scoring, bias_gradient, 0)),
-                (_consume, (dk_desc, dv_desc, pipes, items, mask, scoring, bias_gradient, 1)),
-                (_consume, (dk_desc, dv_desc, pipes, items, mask, scoring, bias_gradient, 2)),
-            ],
-            [4, 4, 4],
-            [CONSUME_REGISTERS, CONSUME_REGISTERS, CONSUME_REGISTERS],
-        )
+    _play_roles(
+        dk_desc, dv_desc, pipes, items, mask, scoring, bias_gradient, reduction, weights, sources, turns,
+        (deltas, clearing, leaving), CONSUME_REGISTERS, LOAD_REGISTERS,
+    )  # fmt: skip

@@ -49,7 +49,7 @@ class Sources:
         if pipes.BIAS_TILES:
             bias_b, bias_h = axis(place.b, self.stride_bb), axis(h, self.stride_bh)
             for w in gl.static_range(pipes.GROUPS):
-                load_tile(self.bias, full, pipes.bias(n, w), bias_b, bias_h, row, place.first_key + KEYS * w)
+                load_tile(self.bias, full, pipes.bias(n, w), bias_b, bias_h, row, place.key(w))
         full = pipes.douts.full.index(n % pipes.douts.STAGES)
         mbarrier.expect(full, self.do.block_type.nbytes)
         slot = pipes.douts.slot(n)
@@ -82,28 +82,24 @@ def _load_keys(desc, ring, place, number, PANELS: gl.constexpr):
     GROUPS: gl.constexpr = place.BLOCK_N // KEYS
     full = ring.claim(number, GROUPS * PANELS * desc.block_type.nbytes)
     for w in gl.static_range(GROUPS):
-        key = place.first_key + KEYS * w
+        key = place.key(w)
         for i in gl.static_range(PANELS):
             tile = ring.buffers.index((number % ring.STAGES * GROUPS + w) * PANELS + i)
             load_rows(desc, full, tile, place.b, place.kv_h, place.k_start, place.k_len, key, place.VARLEN, 64 * i)
 
 
 @gluon.jit
-def load_items(sources, pipes, items, mask, clearing, WARPS: gl.constexpr):
-    """Takes the program's items, and loads whatever the others need. WARPS: of the role."""
-    clearing.begin()
-    cleared = 0
+def load_items(sources, pipes, items, mask):
+    """Takes the program's items, and loads whatever the others need. For one warp."""
     n = 0
     turn = 0
-    place, spans = items.take(turn, mask, WARPS)
+    place, spans = items.take(turn, mask, 1)
     while place.tile >= 0:
         sources.load_first(pipes, place, spans, turn, n)
         steps = steps_of(place, spans)
         for step in range(1, steps):
             sources.load_step(pipes, place, spans, step, n + step)
-            cleared = clearing.clear(step, cleared)
         n += steps
         turn += 1
         # Only now: an item that waits for its program may be what all others wait for in the end.
-        place, spans = items.take(turn, mask, WARPS)
-    clearing.finish(cleared)
+        place, spans = items.take(turn, mask, 1)

@@ -22,13 +22,14 @@ from flashtile.backends.hopper import (
     launch,
 )
 from flashtile.backends.hopper.backward_kernel import backward_kernel
+from flashtile.backends.hopper.backward_turns import COUNTERS
+from flashtile.backends.hopper.strides import aligned_strides
 from flashtile.gpu import arguments, bias_gradient
 from flashtile.masks import rows_seeing
 from flashtile.problem import Call, Problem
 
-# Heads whose tiles of keys are started side by side under a mask, and what the rows of all may take of the L2 cache:
-# Q, dO and the accumulator of dQ.
-_SIDE_BY_SIDE = 4
+# Heads whose tiles of keys are started side by side under a mask, and what the rows of all may take of the L2 cache.
+_SIDE_BY_SIDE = {"both": 4, "keys": 4, "values": 8}
 _SECTION_BYTES = 36 * 2**20
 
 
@@ -60,7 +61,9 @@ def backward(
     rows, accumulated, counters, sums = _scratch(problem, lse)
     dbias_or_rows = rows if dbias is None else dbias
     before = (out, dout, lse, dlse_or_lse, rows, accumulated, counters, dbias_or_rows, sums)
-    backward_prologue.run(launches, problem, call, before, kind, dlse is not None)
+    passes = backward_configs.launches(problem, dlse is not None)
+    errands = [one.errand for one in passes]
+    backward_prologue.run(launches, problem, call, before, (kind, dlse is not None, "delta" not in errands))
 
     first_rows, end_rows = (
         (q, q) if call.lo is None or call.hi is None else rows_seeing(call.lo, call.hi, problem.k_len)
@@ -71,11 +74,12 @@ def backward(
     boxed = (q, k, v, dout, rows, accumulated, dk, dv, *[q if matrix is None else matrix for matrix in matrices])
     stride_tb = first_rows.stride(0) if problem.table and first_rows.shape[0] > 1 else 0
     ways = ("tile" if each else kind, stride_tb, matrices[0] is not None, matrices[1] is not None)
-    tensors = (first_rows, end_rows, dbias_or_rows, counters, rows)
-    for makes in backward_configs.launches(problem):
-        launches.run(backward_kernel, boxed, tensors, partial(prepare, problem, call, boxed, ways, makes), makes)
-
-    backward_epilogue.run(launches, problem, call, (accumulated, counters, dq, dk, dv))
+    tensors = (first_rows, end_rows, dbias_or_rows, counters, rows, out, dout, accumulated, dq)
+    for one in passes:
+        plan = partial(prepare, problem, call, boxed, (out, dq), ways, one)
+        launches.run(backward_kernel, boxed, tensors, plan, one.name)
+    if "dq" not in errands:
+        backward_epilogue.run(launches, problem, call, (accumulated, counters, dq, dk, dv))
     if not launches.fit:
         _copy_back(grads, (dq, dk, dv))
     if dbias is not None:
@@ -93,7 +97,9 @@ def _scratch(problem: Problem, lse: Tensor) -> tuple[Tensor, Tensor, Tensor, Ten
     number, columns = _scratch_rows(problem)
     rows = lse.new_empty(3, number)
     accumulated = lse.new_empty(number * columns // 256, 256)
-    counters = lse.new_empty(2 + (number // 64 if backward_configs.counts_blocks(problem) else 0), dtype=torch.int32)
+    counters = lse.new_empty(
+        COUNTERS.value + (number // 64 if backward_configs.counts_blocks(problem) else 0), dtype=torch.int32
+    )
     sums = rows
     if problem.sinks:
         sums = lse.new_empty(problem.batch, problem.q_heads, backward_prologue.tiles(problem))
@@ -143,17 +149,22 @@ def bias_boxes(problem: Problem, call: Call, dbias: Tensor | None) -> tuple[Tens
 
 
 def prepare(
-    problem: Problem, call: Call, boxed: tuple[Tensor, ...], variant: tuple[Any, ...], makes: str
+    problem: Problem,
+    call: Call,
+    boxed: tuple[Tensor, ...],
+    pointed: tuple[Tensor, Tensor],
+    variant: tuple[Any, ...],
+    one: backward_configs.Launch,
 ) -> launch.Plan:
-    """The launch of the main kernel that makes what backward_configs.launches says.
+    """One of the main kernel's launches.
 
-    boxed: q, k, v, dout, rows, dq's accumulator, dk, dv, the bias and dbias; variant: the kind of dbias, the stride of
-    a transposed mask's table over the batch, and whether the bias comes and whether dbias goes by TMA.
+    boxed: q, k, v, dout, rows, dq's accumulator, dk, dv, the bias and dbias; pointed: out and dq; variant: the kind of
+    dbias, the stride of a transposed mask's table over the batch, and whether the bias comes and whether dbias goes by
+    TMA.
     """
     kind, stride_tb, tiles_in, tiles_out = variant
-    config = backward_configs.pick(problem, tiles_in, makes)
+    config = backward_configs.pick(problem, tiles_in, one.makes)
     tiles = max(1, triton.cdiv(problem.k_len, config.block_n))
-    programs = problem.batch * problem.kv_heads
     biases, _ = arguments.bias_strides(problem, {"b": call.bias})
     consume, _, load = config.registers
     stride_gb, stride_gh = _bias_gradient_strides(problem, kind)
@@ -166,8 +177,10 @@ def prepare(
         "stride_gb": stride_gb,
         "stride_gh": stride_gh,
         "tiles": tiles,
-        "programs": programs,
-        "section": _section(problem, tiles),
+        "COUNTER": [each.name for each in backward_configs.launches(problem)].index(one.name),
+        "first_program": one.first_head,
+        "programs": one.heads,
+        "section": _section(problem, tiles, one.makes),
         "BLOCK_M": config.block_m,
         "GROUPS": config.groups,
         "DIM": configs.columns(problem.qk_dim),
@@ -179,41 +192,70 @@ def prepare(
         "GROUPED": problem.group > 1,
         "RAGGED": problem.varlen or problem.k_len % config.block_n > 0,
         "ORDERED": problem.window_right is not None and problem.window_right <= 0,
-        "TURN": backward_configs.turn(problem),
+        "TURN": 0 if one.makes == "values" else backward_configs.turn(problem),  # dV is made in any order
         "CLEARED": backward_configs.cleared(problem),
         "ROTATES": config.rotates,
         "PANELS": 3 if config.panels else 1,
-        "MAKES": makes,
+        "MAKES": one.makes,
+        **_errands(problem, one, {"o": pointed[0], "y": boxed[3], "x": pointed[1]}),
         "AROUND": backward_configs.goes_around(problem),
+        "MIRRORS": one.makes != "values" and backward_configs.mirrors(problem),
         # dV needs no dS, nor what would bound it.
-        "PRODUCTS": "narrow" if makes == "values" else backward_prologue.products(problem),
+        "PRODUCTS": "narrow" if one.makes == "values" else backward_prologue.products(problem),
         "DBIAS": "boxes" if tiles_out else "none" if kind == "row" else kind,
         "stride_tb": stride_tb,
     }
     options = {"num_warps": 4, "enable_fp_fusion": True}
-    at_once = min(tiles * programs, launch.multiprocessors(boxed[0].device))
+    at_once = min(tiles * one.heads, launch.multiprocessors(boxed[0].device))
     return launch.Plan(at_once, values, options, partial(_describe, problem, config, tiles_in, tiles_out))
 
 
-def _section(problem: Problem, tiles: int) -> int:
+def _errands(problem: Problem, one: backward_configs.Launch, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """What the kernel is told of its errands, and of the tensors that they read and write by pointers."""
+    strides, align = aligned_strides(problem, tensors)
+    return {
+        "ERRAND": one.errand,
+        "CLEARS": backward_configs.cleared_by(problem) == one.name,
+        "COLUMNS": problem.qk_dim,
+        "COLUMNS_V": problem.v_dim,
+        **{f"{tensor.upper()}_STEP": strides.pop(f"stride_{tensor}d") for tensor in tensors},
+        **strides,
+        "ALIGN": align,
+    }
+
+
+def _section(problem: Problem, tiles: int, makes: str) -> int:
     """Key-value heads whose tiles are started side by side."""
-    if problem.deterministic and arguments.mask_kind(problem) == "none":
+    unmasked = arguments.mask_kind(problem) == "none"
+    if problem.deterministic and makes != "values":
+        return _section_in_order(problem, tiles, _fitting(problem, makes), unmasked)
+    if unmasked or 4 * tiles >= 3 * configs.MULTIPROCESSORS:
+        return 1  # all tiles are alike, or those of one head occupy the processors
+    # The longest tiles of several heads first, and less waits at the end, as long as their rows fit the L2 cache.
+    return min(_SIDE_BY_SIDE[makes], _fitting(problem, makes))
+
+
+def _section_in_order(problem: Problem, tiles: int, fitting: int, unmasked: bool) -> int:
+    """The same where the tiles of a head write to dQ one after the other."""
+    if unmasked:
         # All tiles of a head meet at its first rows and leave them one after the other: too few for all processors to
         # find work there, unless further heads have some (2048 rows: 415 with two heads, 477 with nine).
         return 1 if tiles >= configs.MULTIPROCESSORS else 1 + -(-configs.MULTIPROCESSORS // tiles)
-    # A program of grouped heads goes through one after the other, so that two of a group are in use.
-    rows = problem.q_len * (problem.qk_dim * 6 + problem.v_dim * 2) * (2 if problem.group > 1 else 1)
-    fitting = max(1, _SECTION_BYTES // max(1, rows))
-    if problem.deterministic and backward_configs.pick(problem).groups == 1:
+    if backward_configs.pick(problem).groups == 1:
         # Tiles of 64 keys meet more often: causal, 4096 1949 us with one head, 1892 with two, 1937 with three; 8192,
         # where the rows of two just fit, 3517 with one and 3633 with two.
         return max(1, min(2, fitting // 2))
-    if problem.deterministic:
-        return 2 if problem.group > 1 else 1
-    if arguments.mask_kind(problem) == "none" or 4 * tiles >= 3 * configs.MULTIPROCESSORS:
-        return 1  # all tiles are alike, or those of one head occupy the processors
-    # The longest tiles of several heads first, and less waits at the end, as long as their rows fit the L2 cache.
-    return min(_SIDE_BY_SIDE, fitting)
+    if backward_configs.mirrors(problem):
+        return max(1, round(configs.MULTIPROCESSORS / tiles))
+    return 2 if problem.group > 1 else 1
+
+
+def _fitting(problem: Problem, makes: str) -> int:
+    """Key-value heads whose rows fit the L2 cache: those of Q and dO, and of dQ's accumulator."""
+    accumulator = 0 if makes == "values" else 4
+    row = problem.qk_dim * (2 + accumulator) + problem.v_dim * 2
+    # A program of grouped heads goes through one after the other, so that two of a group are in use.
+    return max(1, _SECTION_BYTES // max(1, problem.q_len * row * (2 if problem.group > 1 else 1)))
 
 
 def _bias_gradient_strides(problem: Problem, kind: str) -> tuple[int, int]:

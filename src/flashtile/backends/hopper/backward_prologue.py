@@ -1,4 +1,5 @@
-"""Before the backward's main kernel: what it needs of each query row, and zeros to add dQ to unless others make them.
+"""Before the backward's main kernel: what it needs of each query row, and zeros to add dQ to. Where dV has a launch of
+its own, that makes the zeros, and delta, too (backward_clear.py, backward_delta.py).
 
     delta = rowsum(dO O) - dlse          lse in base 2, +inf for rows that see nothing or do not exist
 
@@ -17,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flashtile.backends.hopper import backward_configs, dialect, launch
+from flashtile.backends.hopper.backward_turns import COUNTERS
 from flashtile.backends.hopper.strides import aligned_strides
 from flashtile.gpu import arguments
 from flashtile.gpu.scores import LOG2E
@@ -34,7 +36,7 @@ def prologue_kernel(
     total_q, padded, scratch, tiles, programs, section, keep_scale,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DIM_V: tl.constexpr, DV: tl.constexpr, VARLEN: tl.constexpr,
     SINKS: tl.constexpr, DLSE: tl.constexpr, DBIAS: tl.constexpr, BLOCKS: tl.constexpr, CLEARS: tl.constexpr,
-    DROPOUT: tl.constexpr, ALIGN: tl.constexpr, PRODUCTS: tl.constexpr,
+    DROPOUT: tl.constexpr, ALIGN: tl.constexpr, PRODUCTS: tl.constexpr, DELTA: tl.constexpr,
 ):  # fmt: skip
     stride_ob, stride_om, stride_oh = stride_ob * ALIGN, stride_om * ALIGN, stride_oh * ALIGN
     stride_yb, stride_ym, stride_yh = stride_yb * ALIGN, stride_ym * ALIGN, stride_yh * ALIGN
@@ -44,8 +46,8 @@ def prologue_kernel(
     q_start, q_len = sequence(cu_q, b, max_q, total_q, 0, mailbox, VARLEN, False)
     first_row = tile * ROWS
     if tl.program_id(0) == 0:
-        tl.store(counters, 0)
-        tl.store(counters + 1, 0)
+        for i in tl.static_range(COUNTERS):
+            tl.store(counters + i, 0)
     if SINKS:
         tl.store(dsinks + bh * tiles + tile, 0.0)
     if first_row >= (q_len + 127) // 128 * 128:
@@ -55,10 +57,12 @@ def prologue_kernel(
     inside = row < q_len
     both = inside[:, None] & (column < DIM_V)[None, :]
     at = (q_start + row).to(tl.int64)[:, None]
-    o = tl.load(out + b * stride_ob + h * stride_oh + at * stride_om + column[None, :] * stride_od, both, 0.0)
-    do = tl.load(dout + b * stride_yb + h * stride_yh + at * stride_ym + column[None, :] * stride_yd, both, 0.0)
     per_row = (h * total_q + q_start if VARLEN else (b * heads + h) * max_q) + row
-    product = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    product = tl.zeros([ROWS], tl.float32)
+    if DELTA:
+        o = tl.load(out + b * stride_ob + h * stride_oh + at * stride_om + column[None, :] * stride_od, both, 0.0)
+        do = tl.load(dout + b * stride_yb + h * stride_yh + at * stride_ym + column[None, :] * stride_yd, both, 0.0)
+        product = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     delta = product
     if DLSE:
         delta -= tl.load(dlse + per_row, mask=inside, other=0.0)
@@ -70,13 +74,14 @@ def prologue_kernel(
     if DROPOUT:
         # What is kept is scaled once, at the end, and so is all of dS.
         kept_delta = delta / keep_scale
-    tl.store(rows + scratch + scratch_at + tl.arange(0, ROWS), kept_delta)
+    if DELTA:
+        tl.store(rows + scratch + scratch_at + tl.arange(0, ROWS), kept_delta)
     if PRODUCTS == "bounded":
         longest = tl.sqrt(tl.max(tl.sum(do.to(tl.float32) * do.to(tl.float32), 1), 0))
         tl.store(rows + 2 * scratch + scratch_at // ROWS, longest)
         tl.store(rows + 2 * scratch + (scratch + scratch_at) // ROWS, tl.max(tl.abs(kept_delta), 0))
     if BLOCKS:
-        tl.store(counters + 2 + scratch_at // ROWS, 0)
+        tl.store(counters + COUNTERS + scratch_at // ROWS, 0)
     weight = tl.zeros([ROWS], tl.float32)
     if SINKS:
         weight = tl.exp2(tl.load(sinks + h).to(tl.float32) * LOG2E - lse_row)
@@ -93,10 +98,10 @@ def prologue_kernel(
 
 
 def run(
-    launches: launch.Launches, problem: Problem, call: Call, tensors: tuple[Tensor, ...], kind: str, dlse: bool
+    launches: launch.Launches, problem: Problem, call: Call, tensors: tuple[Tensor, ...], variant: tuple[Any, ...]
 ) -> None:
     """tensors: out, dout, lse, dlse, rows, dq's accumulator, counters, dbias, dsinks, stand-ins for absent ones."""
-    launches.run(prologue_kernel, (), tensors, lambda: prepare(problem, call, (kind, dlse), tensors))
+    launches.run(prologue_kernel, (), tensors, lambda: prepare(problem, call, variant, tensors))
 
 
 def tiles(problem: Problem) -> int:
@@ -118,9 +123,9 @@ def products(problem: Problem) -> str:
 
 
 def prepare(problem: Problem, call: Call, variant: tuple[Any, ...], tensors: tuple[Tensor, ...]) -> launch.Plan:
-    """The launch of a problem; variant: the kind of dbias, and whether there is a dlse."""
+    """The launch of a problem; variant: the kind of dbias, whether there is a dlse, and whether delta is made here."""
     out, dout = tensors[:2]
-    kind, dlse = variant
+    kind, dlse, delta = variant
     programs = problem.batch * problem.q_heads
     _, v_dim = backward_configs.widths(problem)
     strides, align = aligned_strides(problem, {"o": out, "y": dout})
@@ -139,6 +144,7 @@ def prepare(problem: Problem, call: Call, variant: tuple[Any, ...], tensors: tup
         "VARLEN": problem.varlen,
         "SINKS": problem.sinks,
         "DLSE": dlse,
+        "DELTA": delta,
         "DBIAS": kind,
         "BLOCKS": backward_configs.counts_blocks(problem),
         "CLEARS": backward_configs.cleared_by(problem) == "prologue",

@@ -10,7 +10,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from flashtile.backends.hopper.backward_load import Sources, load_items
+from flashtile.backends.hopper.backward_load import Sources
 from flashtile.backends.hopper.backward_step import BiasGradient
 from flashtile.backends.hopper.backward_turns import Turns
 from flashtile.backends.hopper.backward_work import Mask, Pipes, steps_of, whole
@@ -51,7 +51,7 @@ class Reduction:
                     begin = end
             end = spans[0][3]
             n, known = self._add_steps(n, begin, end, g, known, origin, place, spans, 0, GROUPS)
-            if self.mask.LEFT:
+            if self.mask.ENDS:
                 for w in gl.static_range(1, GROUPS):
                     begin = end
                     end = spans[w][3]
@@ -70,18 +70,21 @@ class Reduction:
         turns, pipes, dbias = self.turns, self.pipes, self.dbias
         base = place.block(g)
         for i in range(begin, end):
-            gate, due, before = turns.unit(base + i), owed, gl.to_tensor(0)
+            block = base + place.query_tile(i, last)
+            gate, due, before = turns.unit(block), owed, gl.to_tensor(0)
             if turns.STEPS > 0:
                 due = gl.to_tensor(-1)
-                if (base + i == gate) | (i == first):
+                if (block == gate) | (i == first):
                     due, owed = owed, gate
-                    end_of_unit = gl.minimum(gate - base + turns.STEPS, last) - 1
-                    furthest = self.mask.furthest_tile(furthest, end_of_unit, place)
-                    before = furthest - place.tile
+                    if place.mirrored:
+                        before = place.tile  # all those before it see what it sees
+                    else:
+                        end_of_unit = gl.minimum(gate - base + turns.STEPS, last) - 1
+                        furthest = self.mask.furthest_tile(furthest, end_of_unit, place)
+                        before = furthest - place.tile
             pipes.scores.await_full(n)
             if dbias.KIND == "boxes":
                 dbias.send(n, i * pipes.BLOCK_M, g, pipes, place, FROM, TO)
-            block = base + place.query_tile(i, last)
             is_first, passed = self._add(block, n, place.turn, due, passed, seen, before, FROM, TO)
             if turns.STEPS == 0:
                 owed = gl.where(is_first, block, -1)
@@ -195,12 +198,3 @@ def reduce_items(reduction, items):
         else:
             place, spans = items.wait(turn)
     reduction.turns.close(passed)
-
-
-@gluon.jit
-def load_and_reduce_items(reduction, items, clearing):
-    """Both roles in one warp group, where three consumers leave no registers for another; without dQ only the first."""
-    if reduction.pipes.MAKES == "values":
-        load_items(reduction.sources, reduction.pipes, items, reduction.mask, clearing, 4)
-    else:
-        reduce_items(reduction, items)

@@ -78,7 +78,7 @@ def _step_of_values(dv, n, m, pipes, keys, mask, scoring, WG: gl.constexpr, MASK
 @gluon.jit
 def _step(sums, n, i, pipes, keys, mask, scoring, WG: gl.constexpr, MASKED: gl.constexpr, NARROW: gl.constexpr):
     """Step n, query tile i."""
-    m = i * pipes.BLOCK_M
+    m = keys.row(i)
     if pipes.MAKES == "keys":
         return _step_of_keys(sums, n, m, pipes, keys, mask, scoring, WG, MASKED, NARROW)
     else:
@@ -99,7 +99,7 @@ def _walk(sums, n, spans, pipes, keys, mask, scoring, WG: gl.constexpr, NARROW: 
     for i in range(gl.maximum(full, start), partial):
         sums = _step(sums, n, i, pipes, keys, mask, scoring, WG, False, NARROW)
         n += 1
-    if mask.LEFT:
+    if mask.ENDS:
         for i in range(gl.maximum(partial, start), stop):
             sums = _step(sums, n, i, pipes, keys, mask, scoring, WG, True, NARROW)
             n += 1
@@ -135,7 +135,7 @@ def key_gradients(dk_desc, n, turn, items, place, spans, pipes, mask, scoring, W
         pipes.key_panel(turn, WG, i).store((sums[i] * scale).to(dk_desc.dtype))
     fence_async_shared()
     barrier()
-    key = place.first_key + KEYS * WG
+    key = place.key(WG)
     for i in gl.static_range(pipes.PANELS):
         k = pipes.key_panel(turn, WG, i)
         store_rows(dk_desc, k, place.b, place.kv_h, place.k_start, place.k_len, key, place.VARLEN, 64 * i)
@@ -161,6 +161,6 @@ def value_gradients(dv_desc, n, turn, place, spans, pipes, mask, scoring, WG: gl
     v.store(dv.to(v.dtype))
     fence_async_shared()
     barrier()
-    key = place.first_key + KEYS * WG
+    key = place.key(WG)
     store_rows(dv_desc, v, place.b, place.kv_h, place.k_start, place.k_len, key, place.VARLEN)
     return n

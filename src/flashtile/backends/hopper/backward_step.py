@@ -39,18 +39,27 @@ class Keys:
     seed_low: gl.tensor
     seed_high: gl.tensor
     offset: gl.tensor
+    mirrored: gl.tensor
     BLOCK_M: gl.constexpr
+    MIRRORS: gl.constexpr
 
     @gluon.jit
     def line(self):
         """0, 1, ..., BLOCK_M - 1: the columns of a transposed tile of scores, which are query rows."""
         return gl.arange(0, self.BLOCK_M, layout=gl.SliceLayout(0, accumulator(self.BLOCK_M)))
 
+    @gluon.jit
+    def row(self, i):
+        """The first query row that the walk comes to as tile i."""
+        if self.MIRRORS:
+            i = gl.where(self.mirrored, gl.cdiv(self.q_len, self.BLOCK_M) - 1 - i, i)
+        return i * self.BLOCK_M
+
 
 @gluon.jit
 def keys_of(place, mask, scoring, g, WG: gl.constexpr):
     """The Keys of consumer WG and the g-th query head of the group."""
-    first = place.first_key + KEYS * WG
+    first = place.key(WG)
     lane = gl.arange(0, KEYS, layout=gl.SliceLayout(1, accumulator(place.BLOCK_M)))
     begin, end = mask.seeing(first + lane, place)
     if mask.RAGGED:
@@ -59,7 +68,8 @@ def keys_of(place, mask, scoring, g, WG: gl.constexpr):
     low, high, offset = random_state(scoring.rng, scoring.DROPOUT)
     return Keys(
         place.turn, place.b, h, place.b * place.heads + h, first, lane, begin, end, place.q_len, place.k_len,
-        scoring.bias_of(place.b, h), scoring.slope(place.b, h), low, high, offset, place.BLOCK_M,
+        scoring.bias_of(place.b, h), scoring.slope(place.b, h), low, high, offset, place.mirrored,
+        place.BLOCK_M, place.MIRRORS,
     )  # fmt: skip
 
 
@@ -406,21 +416,20 @@ def walk(dk, dv, n, span, first, last, pipes, keys, mask, scoring, dbias, WG: gl
 
     span: what this consumer's keys are seen by; first, last: what the whole program walks through.
     """
-    BLOCK_M: gl.constexpr = pipes.BLOCK_M
     start, full, partial, stop = span
-    sums = dbias.no_sums(BLOCK_M)
+    sums = dbias.no_sums(pipes.BLOCK_M)
     if WG > 0:
         n = pipes.skip(n, start - first)
     if mask.KIND != "none" or mask.RAGGED:
         for i in range(start, full):
-            dk, dv, sums = _step(dk, dv, sums, n, i * BLOCK_M, pipes, keys, mask, scoring, dbias, WG, True, NARROW)
+            dk, dv, sums = _step(dk, dv, sums, n, keys.row(i), pipes, keys, mask, scoring, dbias, WG, True, NARROW)
             n += 1
     for i in range(gl.maximum(full, start), partial):
-        dk, dv, sums = _step(dk, dv, sums, n, i * BLOCK_M, pipes, keys, mask, scoring, dbias, WG, False, NARROW)
+        dk, dv, sums = _step(dk, dv, sums, n, keys.row(i), pipes, keys, mask, scoring, dbias, WG, False, NARROW)
         n += 1
-    if mask.LEFT:
+    if mask.ENDS:
         for i in range(gl.maximum(partial, start), stop):
-            dk, dv, sums = _step(dk, dv, sums, n, i * BLOCK_M, pipes, keys, mask, scoring, dbias, WG, True, NARROW)
+            dk, dv, sums = _step(dk, dv, sums, n, keys.row(i), pipes, keys, mask, scoring, dbias, WG, True, NARROW)
             n += 1
         if WG < pipes.GROUPS - 1:
             n = pipes.skip(n, last - stop)

@@ -18,6 +18,8 @@ STORED = gl.constexpr(3)
 
 NO_MORE = gl.constexpr(-1)  # the last notice
 
+COUNTERS = gl.constexpr(3)  # of items, one for each launch, before the numbers of blocks
+
 
 @aggregate
 class Turns:

@@ -133,14 +133,14 @@ def _value_gradients(dv_desc, n, turn, place, span, pipes, weights, mask, scorin
         keys = keys_of(place, mask, scoring, g, 0)
         if mask.KIND != "none" or mask.RAGGED:
             for i in range(start, full):
-                left, right = _weigh(left, right, n, i * pipes.BLOCK_M, pipes, weights, keys, mask, scoring, True)
+                left, right = _weigh(left, right, n, keys.row(i), pipes, weights, keys, mask, scoring, True)
                 n += 1
         for i in range(gl.maximum(full, start), partial):
-            left, right = _weigh(left, right, n, i * pipes.BLOCK_M, pipes, weights, keys, mask, scoring, False)
+            left, right = _weigh(left, right, n, keys.row(i), pipes, weights, keys, mask, scoring, False)
             n += 1
-        if mask.LEFT:
+        if mask.ENDS:
             for i in range(gl.maximum(partial, start), stop):
-                left, right = _weigh(left, right, n, i * pipes.BLOCK_M, pipes, weights, keys, mask, scoring, True)
+                left, right = _weigh(left, right, n, keys.row(i), pipes, weights, keys, mask, scoring, True)
                 n += 1
     scale = 1.0
     if scoring.DROPOUT:
@@ -190,7 +190,7 @@ def _walk_keys(left, right, n, start, stop, pipes, weights, keys, scoring, dbias
     """The query tiles of one head added to dK."""
     sums = dbias.no_sums(pipes.BLOCK_M)
     for i in range(start, stop):
-        m = i * pipes.BLOCK_M
+        m = keys.row(i)
         left, right, sums = _differentiate(left, right, sums, n, m, pipes, weights, keys, scoring, dbias, NARROW)
         n += 1
     if dbias.KIND == "column":

@@ -1,218 +1,21 @@
-"""What the roles of the backward kernel share: where the work lies, how scores are made, what flows between them."""
+"""What the roles of the backward kernel share: which rows see which keys, how scores are made, what flows there."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from flashtile.backends.hopper.descriptors import swizzled
-from flashtile.backends.hopper.dialect import aggregate, barrier, reinterpret
-from flashtile.backends.hopper.lengths import Lengths
+from flashtile.backends.hopper.dialect import aggregate, reinterpret
 from flashtile.backends.hopper.rings import Ring
 from flashtile.backends.hopper.tiles import accumulator
-from flashtile.backends.hopper.words import Words
 from flashtile.gpu.intervals import key_interval, split
-from flashtile.gpu.sequences import place as place_in_section
-from flashtile.gpu.sequences import scratch_row
 
 KEYS = gl.constexpr(64)  # of a consumer
-RECORD = gl.constexpr(22)  # words for an item, the walks of at most three consumers and two bounds
-LARGEST = gl.constexpr(6e4)  # what float16 surely holds, also of a sum that was rounded
-
-
-@aggregate
-class Place:
-    """One tile of keys: its sequence, its key-value head and the query heads that share it. turn: which of a program's
-    items. AROUND: its walk begins with query tiles of its own, and comes to those before them at the end.
-    """
-
-    turn: gl.tensor
-    tile: gl.tensor
-    b: gl.tensor
-    kv_h: gl.tensor
-    heads: gl.tensor
-    group: gl.tensor
-    first_key: gl.tensor
-    q_start: gl.tensor
-    q_len: gl.tensor
-    k_start: gl.tensor
-    k_len: gl.tensor
-    scratch: gl.tensor
-    padded: gl.tensor
-    VARLEN: gl.constexpr
-    BLOCK_M: gl.constexpr
-    BLOCK_N: gl.constexpr
-    AROUND: gl.constexpr
-
-    @gluon.jit
-    def query_tile(self, i, count):
-        """Which of `count` query tiles the walk comes to as the i-th."""
-        if self.AROUND:
-            i += self.tile * (self.BLOCK_N // self.BLOCK_M)
-            return gl.where(i >= count, i - count, i)
-        else:
-            return i
-
-    @gluon.jit
-    def head(self, g):
-        """The g-th query head of the group."""
-        return self.kv_h * self.group + g
-
-    @gluon.jit
-    def block(self, g):
-        """The first block of BLOCK_M rows of the g-th query head in the scratch."""
-        return (self.scratch + g * self.padded) // self.BLOCK_M
-
-
-@aggregate
-class Items:
-    """Tiles of keys, which programs take from a counter in memory as they become free.
-
-    Numbers are given out in order, and only to programs that run: what waits for tiles with smaller numbers never
-    waits for one that cannot start. One role takes them, works out where they lie and which query tiles see them, and
-    leaves that in shared memory, for a program's present item and its next: the others read a few words between two
-    items, when all of them stand still, where they would each divide and look up the same. PRODUCTS: what
-    backward_prologue.products says.
-    """
-
-    counter: gl.tensor
-    records: Words
-    announced: gl.shared_memory_descriptor
-    lengths: Lengths
-    rows: gl.tensor
-    heads: gl.tensor
-    group: gl.tensor
-    padded: gl.tensor
-    scratch: gl.tensor
-    tiles: gl.tensor
-    programs: gl.tensor
-    section: gl.tensor
-    REVERSED: gl.constexpr
-    BLOCK_M: gl.constexpr
-    GROUPS: gl.constexpr
-    PRODUCTS: gl.constexpr
-    AROUND: gl.constexpr
-
-    @gluon.jit
-    def take(self, turn, mask, WARPS: gl.constexpr):
-        """Takes the program's item number `turn` and tells the other roles, which are done with the one of two turns
-        before. Returns its Place and walks; a tile below 0: there is none. WARPS: of the caller.
-        """
-        place = self._place(turn, gl.atomic_add(self.counter, 1, sem="relaxed"))
-        if self.lengths.VARLEN:
-            while (place.tile >= 0) & (place.first_key >= place.k_len):
-                place = self._place(turn, gl.atomic_add(self.counter, 1, sem="relaxed"))
-        spans = mask.walks(place, self.GROUPS)
-        at = turn % 2 * RECORD
-        self.records.write(at, place.tile, WARPS)
-        self.records.write(at + 1, place.b, WARPS)
-        self.records.write(at + 2, place.kv_h, WARPS)
-        self.records.write(at + 3, place.scratch, WARPS)
-        if self.lengths.VARLEN:
-            self.records.write(at + 4, place.q_start, WARPS)
-            self.records.write(at + 5, place.q_len, WARPS)
-            self.records.write(at + 6, place.k_start, WARPS)
-            self.records.write(at + 7, place.k_len, WARPS)
-        for w in gl.static_range(self.GROUPS):
-            for i in gl.static_range(4):
-                self.records.write(at + 8 + 4 * w + i, spans[w][i], WARPS)
-        if self.PRODUCTS == "bounded":
-            dout, delta = self._bounds(place, spans, WARPS)
-            self.records.write(at + 20, dout.to(gl.int32, bitcast=True), WARPS)
-            self.records.write(at + 21, delta.to(gl.int32, bitcast=True), WARPS)
-        barrier()
-        mbarrier.arrive(self.announced.index(turn % 2), count=1)
-        return place, spans
-
-    @gluon.jit
-    def wait(self, turn):
-        """The Place and walks of the program's item number `turn`, for a role of four warps."""
-        mbarrier.wait(self.announced.index(turn % 2), (turn // 2) & 1)
-        first = self._walk(turn, 0)
-        if self.GROUPS == 1:
-            return self.place(turn), (first,)
-        elif self.GROUPS == 2:
-            return self.place(turn), (first, self._walk(turn, 1))
-        else:
-            return self.place(turn), (first, self._walk(turn, 1), self._walk(turn, 2))
-
-    @gluon.jit
-    def place(self, turn):
-        """The Place of an item that was waited for. Asking twice saves registers between."""
-        at = turn % 2 * RECORD
-        tile = self.records.read(at)
-        b = self.records.read(at + 1)
-        kv_h = self.records.read(at + 2)
-        scratch = gl.multiple_of(self.records.read(at + 3), 128)
-        q_start, q_len = gl.to_tensor(0), self.lengths.max_q
-        k_start, k_len = gl.to_tensor(0), self.lengths.max_k
-        if self.lengths.VARLEN:
-            q_start, q_len = self.records.read(at + 4), self.records.read(at + 5)
-            k_start, k_len = self.records.read(at + 6), self.records.read(at + 7)
-        return self._at(turn, tile, b, kv_h, q_start, q_len, k_start, k_len, scratch)
-
-    @gluon.jit
-    def _bounds(self, place, spans, WARPS: gl.constexpr):
-        """(Length of the longest row of dO, largest delta) of all rows that see some of an item's keys."""
-        LINE: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
-        line = gl.arange(0, 32, layout=LINE)
-        dout, delta = gl.full([32], 0.0, gl.float32, LINE), gl.full([32], 0.0, gl.float32, LINE)
-        first, last = whole(spans)
-        douts = self.rows + 2 * self.scratch
-        deltas = douts + self.scratch // self.BLOCK_M
-        for g in range(place.group):
-            block = place.block(g)
-            for i in range(first, last, 32):
-                exists = i + line < last
-                dout = gl.maximum(dout, gl.load(douts + block + i + line, mask=exists, other=0.0))
-                delta = gl.maximum(delta, gl.load(deltas + block + i + line, mask=exists, other=0.0))
-        return gl.max(dout, 0), gl.max(delta, 0)
-
-    @gluon.jit
-    def narrow(self, turn, v):
-        """True where 16 bits hold all dP - delta of an item's rows and of 64 keys with values v: a product of two rows
-        is at most that of their lengths.
-        """
-        if self.PRODUCTS == "bounded":
-            at = turn % 2 * RECORD
-            dout = self.records.read(at + 20).to(gl.float32, bitcast=True)
-            delta = self.records.read(at + 21).to(gl.float32, bitcast=True)
-            x = v.load(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])).to(gl.float32)
-            return gl.sqrt(gl.max(gl.sum(x * x, 1), 0)) * dout + delta < LARGEST
-        else:
-            return False
-
-    @gluon.jit
-    def _walk(self, turn, w):
-        records = self.records
-        at = turn % 2 * RECORD + 8 + 4 * w
-        return records.read(at), records.read(at + 1), records.read(at + 2), records.read(at + 3)
-
-    @gluon.jit
-    def _place(self, turn, item):
-        """The Place of an item: the heads of a section side by side, their first tiles first (REVERSED: last)."""
-        last = self.tiles * self.programs - 1
-        tile, bh = place_in_section(gl.minimum(item, last), self.tiles, self.programs, self.section)
-        if self.REVERSED:
-            tile = self.tiles - 1 - tile
-        kv_heads = self.heads // self.group
-        b = bh // kv_heads
-        kv_h = bh % kv_heads
-        q_start, q_len, k_start, k_len = self.lengths.of(b, False)
-        scratch = scratch_row(b, kv_h * self.group, self.heads, q_start, self.padded, self.lengths.VARLEN)
-        return self._at(turn, gl.where(item > last, -1, tile), b, kv_h, q_start, q_len, k_start, k_len, scratch)
-
-    @gluon.jit
-    def _at(self, turn, tile, b, kv_h, q_start, q_len, k_start, k_len, scratch):
-        first_key = gl.maximum(tile, 0) * (self.GROUPS * KEYS)  # walks are worked out for no item, too
-        return Place(
-            turn, tile, b, kv_h, self.heads, self.group, first_key, q_start, q_len, k_start, k_len, scratch,
-            self.padded, self.lengths.VARLEN, self.BLOCK_M, self.GROUPS * KEYS, self.AROUND,
-        )  # fmt: skip
 
 
 @aggregate
 class Mask:
-    """Which query rows see which keys."""
+    """Which query rows see which keys. ENDS: walks may end with masked tiles, as under a left bound or mirrored."""
 
     first_rows: gl.tensor
     end_rows: gl.tensor
@@ -221,6 +24,7 @@ class Mask:
     right: gl.tensor
     KIND: gl.constexpr
     LEFT: gl.constexpr
+    ENDS: gl.constexpr
     RAGGED: gl.constexpr
 
     @gluon.jit
@@ -281,11 +85,11 @@ class Mask:
         """The walks of all consumers."""
         first = self.walk(place.first_key, place)
         if GROUPS == 1:
-            return (first,)
+            return (place.mirror(first, first),)
         else:
             second = self.next_walk(place.first_key + KEYS, first[3], first[3], place)
             if GROUPS == 2:
-                return first, second
+                return place.mirror(first, second), place.mirror(second, first)
             else:
                 return first, second, self.next_walk(place.first_key + 2 * KEYS, first[3], second[3], place)
 

@@ -26,7 +26,9 @@ from flashtile.problem import Problem
 
 def kernels(problem: Problem) -> tuple[str, ...]:
     """Names of the kernels of a problem."""
-    return ("forward", "prologue", *map(backward_configs.kernel_name, backward_configs.launches(problem)), "epilogue")
+    launches = backward_configs.launches(problem)
+    after = [] if any(one.errand == "dq" for one in launches) else ["epilogue"]
+    return ("forward", "prologue", *(one.name for one in launches), *after)
 
 
 class _Launch(NamedTuple):
@@ -71,9 +73,11 @@ def _launch(name: str, problem: Problem) -> _Launch:
     each, memory = backward_pass.bias_memory(problem, call, kind)
     dbias = rows if memory is None else memory
     counters = lse.new_empty(rows.shape[1] // 64, dtype=torch.int32)
+    launches = {one.name: one for one in backward_configs.launches(problem)}
+    errands = [one.errand for one in launches.values()]
     if name == "prologue":
         tensors: tuple[Tensor, ...] = (out, out, lse, lse, rows, accumulated, counters, dbias, rows)
-        plan = backward_prologue.prepare(problem, call, (kind, False), tensors)
+        plan = backward_prologue.prepare(problem, call, (kind, False, "delta" not in errands), tensors)
         return _Launch(backward_prologue.prologue_kernel, (), (*tensors, *extras), plan)
     if name == "epilogue":
         tensors = (accumulated, counters, q, k, v)
@@ -84,6 +88,6 @@ def _launch(name: str, problem: Problem) -> _Launch:
     table = q if call.lo is None else call.lo.new_empty(call.lo.shape[0], problem.k_len)
     stride_tb = table.stride(0) if problem.table and table.shape[0] > 1 else 0
     variant = ("tile" if each else kind, stride_tb, bias is not None, boxes is not None)
-    makes = next(makes for makes in backward_configs.launches(problem) if backward_configs.kernel_name(makes) == name)
-    plan = backward_pass.prepare(problem, call, boxed, variant, makes)
-    return _Launch(backward_kernel, boxed, (table, table, dbias, counters, rows, *extras), plan)
+    plan = backward_pass.prepare(problem, call, boxed, (out, q), variant, launches[name])
+    tensors = (table, table, dbias, counters, rows, out, out, accumulated, q)
+    return _Launch(backward_kernel, boxed, (*tensors, *extras), plan)

@@ -107,16 +107,16 @@ class Launches:
         boxed: tuple[Tensor, ...],
         tensors: tuple[Tensor, ...],
         prepare: Callable[[], Plan],
-        makes: str = "",
+        name: str = "",
     ) -> None:
         """Launches `kernel` on descriptors of `boxed`, on `tensors` and on the call's extras.
 
-        prepare: makes the plan for a call of a new kind. makes: tells launches of one kernel from each other.
+        prepare: makes the plan for a call of a new kind. name: tells launches of one kernel from each other.
         """
-        name = (id(kernel), makes)
-        ready = self._ready.get(name)
+        key = (id(kernel), name)
+        ready = self._ready.get(key)
         if ready is None:
-            self._ready[name] = _launch_first(kernel, prepare(), boxed, (*tensors, *arguments.extras(self._call)))
+            self._ready[key] = _launch_first(kernel, prepare(), boxed, (*tensors, *arguments.extras(self._call)))
             return
         places = (*[tensor.data_ptr() for tensor in boxed],)
         expanded = ready.expanded.get(places)

@@ -19,8 +19,9 @@ class Config:
     block_m: query rows of a step. groups: consumer warp groups of 64 keys; with one group of keys, two consumers share
     them, one for each gradient (backward_wide.py). stages: slots of the ring of query and dO
     tiles. slots: of the shared memory through which dQ leaves. registers: of a thread of a consumer, of the warp group
-    that makes dQ and of the warps that load and notify; warp groups of four warps share 512, those two count as one.
-    With three groups there is none left: the one that makes dQ loads, too. rotates: keys and values come in turns
+    that makes dQ, or runs errands where dV has a launch of its own, and of the warps that load and notify; warp groups
+    of four warps share 512, those two count as one. With three groups that make both gradients none is left: the one
+    that makes dQ loads, too. rotates: keys and values come in turns
     through three tiles of one width, so that the next item's keys come while this one's are in use. panels: keys and
     queries lie in three panels of 64 columns, and dV has a launch of its own (backward_split.py).
     """

@@ -45,7 +45,8 @@ class Leaving:
             if part < self.portions():
                 LINE: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
                 LAYOUT: gl.constexpr = gl.BlockedLayout([2, 8], [8, 4], [4, 1], [1, 0])
-                block = part // (self.D // WIDTH)
+                PARTS: gl.constexpr = self.D // WIDTH
+                block = part // PARTS
                 x = gl.load(self.accumulated + part.to(gl.int64) * (64 * WIDTH) + gl.arange(0, 64 * WIDTH, layout=LINE))
                 # column // 8, warp, row % 8, column % 8 // 2, row // 8 % 2, column % 2
                 x = x.reshape([WIDTH // 8, 4, 8, 4, 2, 2]).permute([1, 4, 2, 0, 3, 5]).reshape([64, WIDTH])
@@ -55,9 +56,7 @@ class Leaving:
                 bh = block * 64 // self.padded
                 b, h = (bh // self.heads).to(gl.int64), (bh % self.heads).to(gl.int64)
                 row = block * 64 % self.padded + gl.arange(0, 64, layout=gl.SliceLayout(1, LAYOUT))
-                column = (
-                    part % (self.D // WIDTH) * WIDTH + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, LAYOUT))[None, :]
-                )
+                column = part % PARTS * WIDTH + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, LAYOUT))[None, :]
                 exists = (row < self.q_len)[:, None] & (column < self.COLUMNS)
                 row = row.to(gl.int64)[:, None]
                 at = self.dq + b * self.stride_xb + h * self.stride_xh + row * self.stride_xm + column * self.X_STEP

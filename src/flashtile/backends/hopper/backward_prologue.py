@@ -1,5 +1,5 @@
 """Before the backward's main kernel: what it needs of each query row, and zeros to add dQ to. Where dV has a launch of
-its own, that makes the zeros, and delta, too (backward_clear.py, backward_delta.py).
+its own, that makes the zeros, and of long walks delta (backward_errands.py).
 
     delta = rowsum(dO O) - dlse          lse in base 2, +inf for rows that see nothing or do not exist
 

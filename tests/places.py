@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 from interpreter import compute_as_a_gpu_does
@@ -31,3 +34,19 @@ PLACES_16_BIT = (*PLACES, pytest.param("hopper", "cuda", marks=[pytest.mark.gpu,
 GPU_BACKENDS = (pytest.param("triton", id="triton"), pytest.param("hopper", marks=on_hopper, id="hopper"))
 
 every_place = pytest.mark.parametrize(("backend", "device"), PLACES)
+
+
+@contextmanager
+def hopper_plans_anew() -> Iterator[None]:
+    """The Hopper backend forgets what it knows of calls, before and after: a test has changed what it plans by."""
+    from flashtile.backends.hopper import backward_configs, launch
+
+    def forget() -> None:
+        launch._kinds.clear()
+        backward_configs.launches.cache_clear()
+
+    forget()
+    try:
+        yield
+    finally:
+        forget()

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from places import on_hopper
+from places import hopper_plans_anew, on_hopper
 
 from flashtile.backends.hopper import backward_configs, backward_pass
 from flashtile.masks import Causal, Window
@@ -81,6 +81,8 @@ def test_the_first_tile_stores_dq_where_it_is_known_or_walks_are_short(changes: 
         ({"window_right": 0, "kv_heads": 16, "deterministic": True}, 1),
         ({"window_right": 0, "deterministic": True}, 4),
         ({"window_right": 0, "deterministic": True, "k_len": 8192}, 2),
+        ({"window_right": 0, "deterministic": True, "qk_dim": 256, "v_dim": 256}, 2),
+        ({"window_right": 0, "deterministic": True, "qk_dim": 256, "v_dim": 256, "k_len": 2048}, 4),
         ({"window_right": 0, "deterministic": True, "k_len": 2**20}, 1),
         ({"window_right": 0, "deterministic": True, "k_len": 4095}, 2),
         ({"window_right": 0, "kv_heads": 16, "qk_dim": 256, "v_dim": 256, "deterministic": True}, 2),
@@ -229,9 +231,6 @@ _MIRRORED = Case(
     ids=str,
 )
 def test_walks_from_either_end(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    from flashtile.backends.hopper import launch
-
     monkeypatch.setattr(backward_pass, "_section_in_order", lambda *problem: 1)
-    launch._kinds.clear()
-    run_case(case, "hopper", dtype, "cuda")
-    launch._kinds.clear()
+    with hopper_plans_anew():
+        run_case(case, "hopper", dtype, "cuda")

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from places import on_hopper
+from places import hopper_plans_anew, on_hopper
 
 import flashtile
-from flashtile.backends.hopper import backward_configs, launch
+from flashtile.backends.hopper import backward_configs
 from flashtile.masks import Causal
 from flashtile.problem import Problem
 from flashtile.testing import Case, run_case
@@ -63,16 +63,10 @@ def test_each_gradient_of_each_head_is_made_once(batch: int, q_heads: int, kv_he
 @pytest.fixture
 def hurried(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Errands are run whether there is time or not."""
-
-    def forget() -> None:
-        backward_configs.launches.cache_clear()
-        launch._kinds.clear()
-
     monkeypatch.setattr(backward_configs, "_has_time", lambda problem, rows: problem.bare)
     monkeypatch.setattr(backward_configs, "_ITEMS_OF_TWO", 0)
-    forget()
-    yield
-    forget()
+    with hopper_plans_anew():
+        yield
 
 
 _CASE = Case("errands", "two heads each", q_len=500, k_len=500, heads=4, dim=192, v_dim=128, mask=Causal())
@@ -119,7 +113,9 @@ def test_errands_reach_gradients_that_lie_apart() -> None:
 @pytest.mark.gpu(seconds=120.0)
 @on_hopper
 def test_errands_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At their own size, 50 times: dV to the bit, dK and dQ to delta's rounding, and dQ to the bit each time."""
+    """At their own size, 50 times to the bit. Beside no errands dV to the bit, dK and dQ to delta's rounding, of which
+    nothing was seen at 1024 and 4096 rows.
+    """
     q, k, v, dout = (torch.randn(1, 2048, 96, dim, device="cuda", dtype=torch.bfloat16) for dim in (192, 192, 128, 128))
     inputs = [x.requires_grad_() for x in (q, k, v)]
     out = flashtile.attention(*inputs, causal=True, deterministic=True, backend="hopper")
@@ -128,11 +124,8 @@ def test_errands_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         again = torch.autograd.grad(out, inputs, dout, retain_graph=True)
         assert all(map(torch.equal, found, again))
     monkeypatch.setattr(backward_configs, "_has_time", lambda problem, rows: False)
-    backward_configs.launches.cache_clear()
-    launch._kinds.clear()
-    plain = torch.autograd.grad(out, inputs, dout)
-    backward_configs.launches.cache_clear()
-    launch._kinds.clear()
+    with hopper_plans_anew():
+        plain = torch.autograd.grad(out, inputs, dout)
     assert torch.equal(found[2], plain[2])
     for one, other in zip(found, plain, strict=True):
-        assert (one.float() - other.float()).norm() / other.float().norm() < 1e-4
+        assert (one.float() - other.float()).norm() / other.float().norm() < 1e-5

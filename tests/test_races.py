@@ -16,7 +16,7 @@ import mutants
 import pytest
 import torch
 from mutants import DELAYED, UNSAFE, Mutant
-from places import on_hopper
+from places import hopper_plans_anew, on_hopper
 from process import fresh_process
 from torch import Tensor
 
@@ -107,11 +107,8 @@ def programs(at_most: int) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "multiprocessors", lambda device: at_most)
-        launch._kinds.clear()
-        try:
+        with hopper_plans_anew():
             yield
-        finally:
-            launch._kinds.clear()
 
 
 class TestOnHopper:

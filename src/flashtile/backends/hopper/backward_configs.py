@@ -81,7 +81,8 @@ VALUES_AND_ERRANDS = Config(64, 3, 2, 2, (136, 80, 24), panels=True)
 
 _LONG_WALK = 2048  # rows
 _ERRAND_WALK = 1024
-_ITEMS_OF_TWO = 8 * configs.MULTIPROCESSORS  # that make up for a second end at which some programs have nothing to do
+# Beside so many the end of a second launch, at which some programs have nothing to do, counts little. Not measured.
+_ITEMS_OF_TWO = 8 * configs.MULTIPROCESSORS
 
 
 def widths(problem: Problem) -> tuple[int, int]:

@@ -16,10 +16,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 
 from flashtile.backends.hopper.backward_clear import Clearing
+from flashtile.backends.hopper.backward_convert import Conversion
 from flashtile.backends.hopper.backward_delta import Deltas
 from flashtile.backends.hopper.backward_errands import run_errands
 from flashtile.backends.hopper.backward_items import RECORD, Items
-from flashtile.backends.hopper.backward_leave import Leaving
 from flashtile.backends.hopper.backward_load import Sources, load_items
 from flashtile.backends.hopper.backward_reduce import Reduction, reduce_items
 from flashtile.backends.hopper.backward_split import key_gradients, value_gradients
@@ -233,7 +233,7 @@ def backward_kernel(
         stride_ym * ALIGN, stride_yh * ALIGN, heads, max_q, padded, scratch, COLUMNS_V, DV, O_STEP, Y_STEP,
         ERRAND == "delta",
     )  # fmt: skip
-    leaving = Leaving(
+    conversion = Conversion(
         accumulated, counters + COUNTERS, dq, stride_xb * ALIGN, stride_xm * ALIGN, stride_xh * ALIGN, heads, max_q,
         padded, scratch, scale, COLUMNS, D, X_STEP, CLEARED, ERRAND == "dq",
     )  # fmt: skip
@@ -258,5 +258,5 @@ def backward_kernel(
     reduction = Reduction(dq_desc, turns, sources, pipes, mask, bias_gradient, GROUPS == 3)
     _play_roles(
         dk_desc, dv_desc, pipes, items, mask, scoring, bias_gradient, reduction, weights, sources, turns,
-        (deltas, clearing, leaving), CONSUME_REGISTERS, LOAD_REGISTERS,
+        (deltas, clearing, conversion), CONSUME_REGISTERS, LOAD_REGISTERS,
     )  # fmt: skip

@@ -241,12 +241,12 @@ def _section_in_order(problem: Problem, tiles: int, fitting: int, unmasked: bool
         # All tiles of a head meet at its first rows and leave them one after the other: too few for all processors to
         # find work there, unless further heads have some (2048 rows: 415 with two heads, 477 with nine).
         return 1 if tiles >= configs.MULTIPROCESSORS else 1 + -(-configs.MULTIPROCESSORS // tiles)
+    if backward_configs.mirrors(problem):
+        return max(1, round(configs.MULTIPROCESSORS / tiles))  # a tile for each program
     if backward_configs.pick(problem).groups == 1:
         # Tiles of 64 keys meet more often: causal, 4096 1949 us with one head, 1892 with two, 1937 with three; 8192,
         # where the rows of two just fit, 3517 with one and 3633 with two.
         return max(1, min(2, fitting // 2))
-    if backward_configs.mirrors(problem):
-        return max(1, round(configs.MULTIPROCESSORS / tiles))
     return 2 if problem.group > 1 else 1
 
 

@@ -26,10 +26,10 @@ class Turns:
     """What the warp group that makes dQ asks before it writes to a block, and says afterwards.
 
     blocks: a number for each. STEPS: blocks that are passed on together in a fixed order, 0 where there is none. In an
-    order the number of the first one is how many tiles have written to them, the last tile first; tiles are started in
-    that order, so that none waits for one that cannot run. Without, it is one of the states above. CLEARED: blocks
-    begin with zeros, and nobody stores; in pairs always. notices: the blocks that `notify` is to pass on, where
-    NOTIFIES says that a warp is there for it.
+    order the number of the first one is how many tiles have written to them, the last tile first or, mirrored, the
+    first; tiles are started in that order, so that none waits for one that cannot run. Without, it is one of the states
+    above. CLEARED: blocks begin with zeros, and nobody stores; in pairs always. notices: the blocks that `notify` is to
+    pass on, where NOTIFIES says that a warp is there for it.
     """
 
     blocks: gl.tensor

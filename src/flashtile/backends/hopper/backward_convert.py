@@ -9,7 +9,7 @@ WIDTH = gl.constexpr(64)  # columns of a part
 
 
 @aggregate
-class Leaving:
+class Conversion:
     """Parts of 64 rows and 64 columns, which lie in the accumulator in the order of a product's registers.
 
     written: for each 64 rows whether anything lies there, unless CLEARED. stride_x*: of dq. scratch: rows of the

@@ -75,7 +75,9 @@ def hopper_problems(few: bool) -> Iterator[Problem]:
     for dim in (64, 128, 256):
         yield replace(plain, qk_dim=dim, v_dim=dim)
     yield replace(plain, q_len=1024, k_len=1024)
-    yield replace(causal, qk_dim=256, v_dim=256, deterministic=True)
+    for kv_heads in (4, 16):
+        yield replace(causal, qk_dim=256, v_dim=256, deterministic=True, kv_heads=kv_heads)
+    yield replace(latent, kv_heads=4)
     yield replace(causal, qk_dim=64, v_dim=64, deterministic=True, **bias)
     for dim in (64, 128):
         yield replace(plain, qk_dim=dim, v_dim=dim, dtype=torch.float16)

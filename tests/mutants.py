@@ -23,6 +23,7 @@ COPIED = {
         "backward_step",
         "backward_wide",
         "backward_split",
+        "backward_relay",
         "backward_load",
         "backward_turns",
         "backward_reduce",
@@ -55,7 +56,7 @@ class Edit(NamedTuple):
 
 
 class Mutant(NamedTuple):
-    """consumers: the file of those of the backward that run what is changed."""
+    """consumers: the file of those of the backward that run what is changed, or of the relay between their items."""
 
     name: str
     mode: str
@@ -64,6 +65,8 @@ class Mutant(NamedTuple):
 
     def reaches(self, case: Case) -> bool:
         """True where a call runs what is changed."""
+        if self.consumers == "backward_relay":
+            return relays(case)
         return self.mode == "forward" or self.consumers == consumers(case)
 
 
@@ -72,6 +75,11 @@ def consumers(case: Case) -> str:
     if case.dim <= 128:
         return "backward_step"
     return "backward_split" if case.v_dim == 128 else "backward_wide"
+
+
+def relays(case: Case) -> bool:
+    """True where each query head of a group comes in a round of its own, in a deterministic call."""
+    return case.dim > 128 and case.heads > 2 * (case.kv_heads or case.heads)
 
 
 def before(file: str, line: str, added: str) -> Edit:
@@ -97,6 +105,7 @@ _AWAIT_DONE = "    pipes.await_done(turn)"
 _WEIGH = "    bits = kept_bits(m, keys, scoring)"
 _SCORE = "    pipes.scores.await_empty(n)"
 _PASS_ON = "                turns.say(block)"
+_LEAVE = "        gl.store(at, sums, mask=place.key(w) < place.k_len)"
 _TAKE_ITEM = "        place, spans = items.take(turn, mask, 1)"
 _TAKE_ITEM_WITHOUT_LOADER = "            place, spans = items.take(turn, mask, 4)"
 
@@ -147,6 +156,7 @@ DELAYED = (
         )
         for w in (0, 1, 2)
     ),
+    Mutant("late sums", "backward", (before("backward_relay", _LEAVE, "late(place.tile + 1)"),), "backward_relay"),
     Mutant(
         "late split gradients",
         "backward",
@@ -224,6 +234,18 @@ UNAWAITED_TURNS = Mutant(
         after("backward_reduce", _TAKE_SCORES, "sleep(50000 * place.tile * (i == first))"),
         Edit("backward_turns", "while count < before:", "while count < before - 1000:"),
     ),
+)
+
+
+# The sums of a round come late, and the next one does not wait for them.
+UNAWAITED_ROUNDS = Mutant(
+    "no wait for rounds",
+    "backward",
+    (
+        before("backward_relay", _LEAVE, "sleep(100000)"),
+        Edit("backward_relay", "while count < place.member:", "while count < place.member - 1000:"),
+    ),
+    "backward_relay",
 )
 
 

@@ -4,9 +4,9 @@
     compute-sanitizer --tool racecheck python tests/sanitized.py plain-128 wide
     TRITON_INSTRUMENTATION_MODE=consan python tests/sanitized.py --forward plain-64    # Triton's concurrency sanitizer
 
-Every kind of kernel once: head dims, masks, packed sequences, all features together, the fixed order, errands; in two
-programs, so that each hands over from item to item. Arguments: parts of names; --forward leaves the backward out.
-Results are compared with float64 as everywhere, so that a tool's silence is about a run that was right. racecheck
+Every kind of kernel once: head dims, masks, packed sequences, all features together, the fixed order, errands, rounds;
+in two programs, so that each hands over from item to item. Arguments: parts of names; --forward leaves the backward
+out. Results are compared with float64 as everywhere, so that a tool's silence is about a run that was right. racecheck
 reports the numbers that roles leave for each other (words.py), which mbarriers put in order; on an H100, plain-128 and
 causal-256, nothing else.
 """
@@ -40,6 +40,8 @@ CASES = (
     replace(_SMALL, id="latent", dim=192, v_dim=128, mask=Causal(), deterministic=True),
     replace(_SMALL, id="latent-errands", dim=192, v_dim=128, heads=2, mask=Causal()),
     replace(_SMALL, id="latent-window", dim=192, v_dim=128, mask=Window(100, 20), dropout_p=0.2),
+    replace(_SMALL, id="relay", dim=256, heads=4, kv_heads=1, mask=Causal(), deterministic=True),
+    replace(_SMALL, id="relay-latent", dim=192, v_dim=128, heads=8, kv_heads=1, mask=Causal()),
     replace(_SMALL, id="mirrored", k_len=256, dim=128, heads=4, kv_heads=2, mask=Causal(), deterministic=True),
     Case("varlen", "", q_lens=(100, 0, 70), k_lens=(90, 40, 130), dim=128, mask=Causal()),
 )

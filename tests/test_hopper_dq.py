@@ -22,8 +22,8 @@ PLAIN = Problem(
 
 def test_there_are_counters_for_each_launch_and_block() -> None:
     """Three launches at most take items; the numbers of blocks of dQ come behind."""
-    problem = replace(PLAIN, qk_dim=192, v_dim=128, deterministic=True)
-    rows, accumulated, counters, _ = backward_pass._scratch(problem, torch.empty(0, device="meta"))
+    problem = replace(PLAIN, qk_dim=192, v_dim=128, deterministic=True, kv_heads=8)
+    rows, accumulated, counters, *_ = backward_pass._scratch(problem, torch.empty(0, device="meta"))
     assert accumulated.numel() == rows.shape[1] * 192
     assert counters.numel() == 3 + rows.shape[1] // 64
 
@@ -62,9 +62,9 @@ def test_there_are_counters_for_each_launch_and_block() -> None:
     ],
 )
 def test_the_first_tile_stores_dq_where_it_is_known_or_walks_are_short(changes: dict[str, Any], cleared: bool) -> None:
-    problem = replace(PLAIN, **{"window_right": 0, "k_len": changes["q_len"], **changes})
+    problem = replace(PLAIN, **{"window_right": 0, "k_len": changes["q_len"], "kv_heads": 8, **changes})
     assert backward_configs.cleared(problem) == cleared
-    rows, _, counters, _ = backward_pass._scratch(problem, torch.empty(0, device="meta"))
+    rows, _, counters, *_ = backward_pass._scratch(problem, torch.empty(0, device="meta"))
     counted = problem.deterministic or not cleared
     assert counters.numel() == 3 + (rows.shape[1] // 64 if counted else 0)
 
@@ -81,8 +81,11 @@ def test_the_first_tile_stores_dq_where_it_is_known_or_walks_are_short(changes: 
         ({"window_right": 0, "kv_heads": 16, "deterministic": True}, 1),
         ({"window_right": 0, "deterministic": True}, 4),
         ({"window_right": 0, "deterministic": True, "k_len": 8192}, 2),
-        ({"window_right": 0, "deterministic": True, "qk_dim": 256, "v_dim": 256}, 2),
-        ({"window_right": 0, "deterministic": True, "qk_dim": 256, "v_dim": 256, "k_len": 2048}, 4),
+        ({"window_right": 0, "deterministic": True, "qk_dim": 256, "v_dim": 256, "kv_heads": 8}, 2),
+        ({"window_right": 0, "deterministic": True, "qk_dim": 256, "v_dim": 256, "kv_heads": 8, "k_len": 2048}, 4),
+        ({"window_right": 0, "deterministic": True, "qk_dim": 256, "v_dim": 256, "k_len": 8192}, 2),
+        ({"window_right": 0, "deterministic": True, "qk_dim": 256, "v_dim": 256, "k_len": 1024}, 8),
+        ({"window_right": 0, "deterministic": True, "qk_dim": 192}, 1),
         ({"window_right": 0, "deterministic": True, "k_len": 2**20}, 1),
         ({"window_right": 0, "deterministic": True, "k_len": 4095}, 2),
         ({"window_right": 0, "kv_heads": 16, "qk_dim": 256, "v_dim": 256, "deterministic": True}, 2),
@@ -196,7 +199,8 @@ def test_walks_go_around(case: Case, dtype: torch.dtype) -> None:
         ({"varlen": True, "total_q": 9, "total_k": 9}, False),
         ({"k_len": 4097}, False),
         ({"qk_dim": 64, "v_dim": 64}, True),
-        ({"qk_dim": 192}, True),
+        ({"qk_dim": 256}, False),  # heads come in rounds
+        ({"qk_dim": 256, "kv_heads": 8}, True),
     ],
 )
 def test_grouped_heads_in_order_start_at_either_end(changes: dict[str, Any], mirrored: bool) -> None:

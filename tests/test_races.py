@@ -45,6 +45,14 @@ CASES = (
         v_dim=128, mask=Causal(), deterministic=True,
     ),
     Case(
+        "relay", "sums that wait in memory", q_len=500, k_len=300, heads=8, kv_heads=2, dim=256, mask=Causal(),
+        deterministic=True,
+    ),
+    Case(
+        "relay-latent", "", q_len=700, k_len=700, heads=6, kv_heads=2, dim=192, v_dim=128, mask=Causal(),
+        deterministic=True,
+    ),
+    Case(
         "mirrored", "walks from either end", q_len=1000, k_len=1024, heads=24, kv_heads=12, dim=128, mask=Causal(),
         deterministic=True,
     ),
@@ -71,7 +79,13 @@ FIRST = (
     ),
 )  # fmt: skip
 
-OTHERS = (mutants.BETWEEN_ITEMS, mutants.LATE_STORES, mutants.UNAWAITED_STORES, mutants.UNAWAITED_TURNS)
+OTHERS = (
+    mutants.BETWEEN_ITEMS,
+    mutants.LATE_STORES,
+    mutants.UNAWAITED_STORES,
+    mutants.UNAWAITED_TURNS,
+    mutants.UNAWAITED_ROUNDS,
+)
 
 on_gpu = [pytest.mark.gpu(seconds=60.0), on_hopper]
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
@@ -192,6 +206,14 @@ class TestOnHopper:
         expected = results(case)
         with mutants.planted(mutants.UNAWAITED_TURNS, tmp_path):
             assert differing(results(case), expected) == ["dq"]
+
+    @pytest.mark.parametrize("case", [case for case in CASES if mutants.relays(case)], ids=str)
+    def test_a_missing_wait_for_a_round_is_seen(self, case: Case, tmp_path: Path) -> None:
+        expected = results(case)
+        with mutants.planted(mutants.UNAWAITED_ROUNDS, tmp_path):
+            wrong = differing(results(case), expected)
+        assert wrong == (["dk"] if case.v_dim == 128 else ["dk", "dv"])
+        assert not differing(results(case), expected)
 
     def test_a_missing_wait_between_items_is_seen(self, tmp_path: Path) -> None:
         case = next(case for case in CASES if case.dim == 128)  # where a warp of its own loads

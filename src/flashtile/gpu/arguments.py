@@ -68,9 +68,20 @@ def _padded_rows(problem: Problem) -> int:
     return -(-rows // 128) * 128
 
 
+def padded_keys(problem: Problem) -> int:
+    """Keys of one head there, the same way."""
+    keys = problem.total_k + 128 * problem.batch if problem.varlen else problem.k_len
+    return -(-keys // 128) * 128
+
+
 def scratch_rows(problem: Problem) -> int:
     """Rows in the backward's scratch."""
     return _padded_rows(problem) * problem.q_heads * (1 if problem.varlen else problem.batch)
+
+
+def scratch_keys(problem: Problem) -> int:
+    """Keys there of all key-value heads."""
+    return padded_keys(problem) * problem.kv_heads * (1 if problem.varlen else problem.batch)
 
 
 def _distance(side: int | None) -> int:

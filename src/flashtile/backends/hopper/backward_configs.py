@@ -100,7 +100,24 @@ def mirrors(problem: Problem) -> bool:
     """
     causal = problem.window_right is not None and problem.window_left is None and not problem.table
     whole = problem.bias is None and not problem.varlen and problem.k_len % 128 == 0
-    return problem.deterministic and problem.group > 1 and causal and whole
+    return problem.deterministic and problem.group > 1 and causal and whole and not relays(problem)
+
+
+def relays(problem: Problem) -> bool:
+    """True where each query head of a group comes to the tiles of keys in a round of its own (backward_relay.py).
+
+    Causal, head dim 256, groups of 4, deterministic: 1024 967 us and 826, 8192 4933 and 3632; groups of 2, 2048, 1096
+    and 1198. In any order: groups of 4, 2048 1077 and 1104, 4096 2026 and 1836; of 8, 2048 1868 and 1128.
+    """
+    causal = problem.window_right is not None and problem.window_left is None and not problem.table
+    wide = max(problem.qk_dim, problem.v_dim) > 128
+    long = problem.k_len > _LONG_WALK or problem.group >= 8
+    return causal and wide and problem.group > 2 and (problem.deterministic or long)
+
+
+def relay_columns(problem: Problem) -> int:
+    """Columns of what waits in memory between two rounds: dK and dV, dK alone where dV has a launch of its own."""
+    return accumulator_columns(problem) + (0 if pick(problem).panels else widths(problem)[1])
 
 
 class Launch(NamedTuple):

@@ -11,16 +11,16 @@ from flashtile.backends.hopper.words import Words
 from flashtile.gpu.sequences import place as place_in_section
 from flashtile.gpu.sequences import scratch_row
 
-RECORD = gl.constexpr(23)  # words for an item, the walks of at most three consumers, two bounds and a direction
+RECORD = gl.constexpr(24)  # words for an item, the walks of at most three consumers, two bounds, a direction, a member
 LARGEST = gl.constexpr(6e4)  # what float16 surely holds, also of a sum that was rounded
 
 
 @aggregate
 class Place:
     """One tile of keys: its sequence, its key-value head and the query heads that share it. turn: which of a program's
-    items. AROUND: its walk begins with query tiles of its own, and comes to those before them at the end. mirrored,
-    where MIRRORS says that there are such: its walk goes from the last query tile to the first, and its first consumer
-    has its last keys.
+    items. member: which of its query heads it is gone through with where RELAYS, else with all. AROUND: its walk begins
+    with query tiles of its own, and comes to those before them at the end. mirrored, where MIRRORS says that there are
+    such: its walk goes from the last query tile to the first, and its first consumer has its last keys.
     """
 
     turn: gl.tensor
@@ -29,6 +29,7 @@ class Place:
     kv_h: gl.tensor
     heads: gl.tensor
     group: gl.tensor
+    member: gl.tensor
     first_key: gl.tensor
     q_start: gl.tensor
     q_len: gl.tensor
@@ -42,6 +43,7 @@ class Place:
     BLOCK_N: gl.constexpr
     AROUND: gl.constexpr
     MIRRORS: gl.constexpr
+    RELAYS: gl.constexpr
 
     @gluon.jit
     def query_tile(self, i, count):
@@ -87,8 +89,18 @@ class Place:
 
     @gluon.jit
     def head(self, g):
-        """The g-th query head of the group."""
-        return self.kv_h * self.group + g
+        """The g-th query head of the item."""
+        return self.kv_h * self.group + (self.member if self.RELAYS else g)
+
+    @gluon.jit
+    def number_of_heads(self):
+        """How many it has."""
+        return 1 if self.RELAYS else self.group
+
+    @gluon.jit
+    def is_last(self):
+        """True where no other round of the group follows."""
+        return self.member == self.group - 1
 
     @gluon.jit
     def block(self, g):
@@ -105,6 +117,8 @@ class Items:
     leaves that in shared memory, for a program's present item and its next: the others read a few words between two
     items, when all of them stand still, where they would each divide and look up the same. PRODUCTS: what
     backward_prologue.products says.
+    RELAYS: each query head of a group comes in a round of its own (backward_relay.py); cohort: key-value heads that
+    go through all rounds before others begin.
     """
 
     counter: gl.tensor
@@ -119,6 +133,7 @@ class Items:
     tiles: gl.tensor
     first_program: gl.tensor
     programs: gl.tensor
+    cohort: gl.tensor
     section: gl.tensor
     REVERSED: gl.constexpr
     BLOCK_M: gl.constexpr
@@ -126,6 +141,7 @@ class Items:
     PRODUCTS: gl.constexpr
     AROUND: gl.constexpr
     MIRRORS: gl.constexpr
+    RELAYS: gl.constexpr
 
     @gluon.jit
     def take(self, turn, mask, WARPS: gl.constexpr):
@@ -149,6 +165,8 @@ class Items:
             self.records.write(at + 7, place.k_len, WARPS)
         if self.MIRRORS:
             self.records.write(at + 22, place.mirrored.to(gl.int32), WARPS)
+        if self.RELAYS:
+            self.records.write(at + 23, place.member, WARPS)
         for w in gl.static_range(self.GROUPS):
             for i in gl.static_range(4):
                 self.records.write(at + 8 + 4 * w + i, spans[w][i], WARPS)
@@ -186,7 +204,8 @@ class Items:
             q_start, q_len = self.records.read(at + 4), self.records.read(at + 5)
             k_start, k_len = self.records.read(at + 6), self.records.read(at + 7)
         mirrored = self.records.read(at + 22) > 0 if self.MIRRORS else gl.to_tensor(False)
-        return self._at(turn, tile, b, kv_h, q_start, q_len, k_start, k_len, scratch, mirrored)
+        member = self.records.read(at + 23) if self.RELAYS else gl.to_tensor(0)
+        return self._at(turn, tile, b, kv_h, member, q_start, q_len, k_start, k_len, scratch, mirrored)
 
     @gluon.jit
     def _bounds(self, place, spans, WARPS: gl.constexpr):
@@ -197,7 +216,7 @@ class Items:
         first, last = place.blocks(spans)
         douts = self.rows + 2 * self.scratch
         deltas = douts + self.scratch // self.BLOCK_M
-        for g in range(place.group):
+        for g in range(place.number_of_heads()):
             block = place.block(g)
             for i in range(first, last, 32):
                 exists = i + line < last
@@ -227,11 +246,11 @@ class Items:
 
     @gluon.jit
     def _place(self, turn, item):
-        """The Place of an item: the heads of a section side by side, their first tiles first (REVERSED: last, but in
-        every other section where MIRRORS).
+        """The Place of an item: the key-value heads of a section side by side, their first tiles first (REVERSED: last,
+        but in every other section where MIRRORS).
         """
-        last = self.tiles * self.programs - 1
-        tile, bh = place_in_section(gl.minimum(item, last), self.tiles, self.programs, self.section)
+        last = self.tiles * (self.group if self.RELAYS else 1) * self.programs - 1
+        tile, bh, member = self._in_order(gl.minimum(item, last))
         mirrored = bh // self.section % 2 > 0 if self.MIRRORS else gl.to_tensor(False)
         if self.REVERSED:
             tile = gl.where(mirrored, tile, self.tiles - 1 - tile)
@@ -240,14 +259,34 @@ class Items:
         b = bh // kv_heads
         kv_h = bh % kv_heads
         q_start, q_len, k_start, k_len = self.lengths.of(b, False)
-        scratch = scratch_row(b, kv_h * self.group, self.heads, q_start, self.padded, self.lengths.VARLEN)
+        first_head = kv_h * self.group
+        if self.RELAYS:
+            first_head += member
+        scratch = scratch_row(b, first_head, self.heads, q_start, self.padded, self.lengths.VARLEN)
         tile = gl.where(item > last, -1, tile)
-        return self._at(turn, tile, b, kv_h, q_start, q_len, k_start, k_len, scratch, mirrored)
+        return self._at(turn, tile, b, kv_h, member, q_start, q_len, k_start, k_len, scratch, mirrored)
 
     @gluon.jit
-    def _at(self, turn, tile, b, kv_h, q_start, q_len, k_start, k_len, scratch, mirrored):
+    def _in_order(self, item):
+        """(Tile, key-value head of all batches, member of its group) of an item: where items relay, a cohort goes
+        through a round section by section, and then through the next.
+        """
+        if self.RELAYS:
+            size = self.tiles * self.group * self.cohort
+            first = item // size * self.cohort
+            heads = gl.minimum(self.cohort, self.programs - first)
+            within = item % size
+            tile, bh = place_in_section(within % (self.tiles * heads), self.tiles, heads, self.section)
+            return tile, first + bh, within // (self.tiles * heads)
+        else:
+            tile, bh = place_in_section(item, self.tiles, self.programs, self.section)
+            return tile, bh, gl.to_tensor(0)
+
+    @gluon.jit
+    def _at(self, turn, tile, b, kv_h, member, q_start, q_len, k_start, k_len, scratch, mirrored):
         first_key = gl.maximum(tile, 0) * (self.GROUPS * KEYS)  # walks are worked out for no item, too
         return Place(
-            turn, tile, b, kv_h, self.heads, self.group, first_key, q_start, q_len, k_start, k_len, scratch,
+            turn, tile, b, kv_h, self.heads, self.group, member, first_key, q_start, q_len, k_start, k_len, scratch,
             self.padded, mirrored, self.lengths.VARLEN, self.BLOCK_M, self.GROUPS * KEYS, self.AROUND, self.MIRRORS,
+            self.RELAYS,
         )  # fmt: skip

@@ -7,8 +7,9 @@ Four roles (docs/kernels/hopper_backward.md has the drawing): a warp loads; two 
 make S, P, dP and dS and keep dK and dV in their registers; one warp group makes dQ from the dS of both, for a float32
 accumulator in memory (backward_reduce.py); a warp tells other programs what of it was written (backward_turns.py).
 The query heads that share the key-value head are walked through one after the other, so dK and dV of grouped heads are
-summed in registers. Head dims above 128 have consumers of their own (backward_wide.py, backward_split.py), where values
-are narrower in a launch for dK and dQ and one for dV.
+summed in registers, or each has items of its own, and sums wait in memory (backward_relay.py). Head dims above 128 have
+consumers of their own (backward_wide.py, backward_split.py), where values are narrower in a launch for dK and dQ and
+one for dV.
 """
 
 from triton.experimental import gluon
@@ -22,6 +23,7 @@ from flashtile.backends.hopper.backward_errands import run_errands
 from flashtile.backends.hopper.backward_items import RECORD, Items
 from flashtile.backends.hopper.backward_load import Sources, load_items
 from flashtile.backends.hopper.backward_reduce import Reduction, reduce_items
+from flashtile.backends.hopper.backward_relay import NoRelay, Relay
 from flashtile.backends.hopper.backward_split import key_gradients, value_gradients
 from flashtile.backends.hopper.backward_step import BiasGradient, keys_of, walk
 from flashtile.backends.hopper.backward_turns import COUNTERS, Turns, notify
@@ -35,19 +37,19 @@ from flashtile.backends.hopper.tiles import accumulator
 from flashtile.backends.hopper.words import words
 from flashtile.gpu.arguments import RUNTIME
 
-RUNTIME = [*RUNTIME, "stride_bb", "stride_bh", "stride_bm", "stride_gb", "stride_gh"]
-RUNTIME += [f"stride_{tensor}{axis}" for tensor in "oyx" for axis in "bmh"] + ["first_program"]
+RUNTIME = [*RUNTIME, "stride_bb", "stride_bh", "stride_bm", "stride_gb", "stride_gh", "first_program", "cohort"]
+RUNTIME += [f"stride_{tensor}{axis}" for tensor in "oyx" for axis in "bmh"] + ["padded_k"]
 
 
 @gluon.jit
-def _consume(dk_desc, dv_desc, pipes, items, mask, scoring, dbias, WG: gl.constexpr):
+def _consume(dk_desc, dv_desc, pipes, items, mask, scoring, dbias, relay, WG: gl.constexpr):
     """dK and dV, or what the launch makes of them, of the 64 keys number WG of each item."""
     n = 0
     turn = 0
     place, spans = items.wait(turn)
     while place.tile >= 0:
         if pipes.MAKES == "keys":
-            n = key_gradients(dk_desc, n, turn, items, place, spans, pipes, mask, scoring, WG)
+            n = key_gradients(dk_desc, n, turn, items, place, spans, pipes, mask, scoring, relay, WG)
         elif pipes.MAKES == "values":
             n = value_gradients(dv_desc, n, turn, place, spans, pipes, mask, scoring, WG)
         else:
@@ -113,7 +115,7 @@ def _store_gradients(dk_desc, dv_desc, dk, dv, turn, place, pipes, scoring, WG: 
 
 @gluon.jit
 def _play_roles(
-    dk_desc, dv_desc, pipes, items, mask, scoring, bias_gradient, reduction, weights, sources, turns, errands,
+    dk_desc, dv_desc, pipes, items, mask, scoring, bias_gradient, reduction, weights, sources, turns, errands, relay,
     CONSUME_REGISTERS: gl.constexpr, LOAD_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """All warp groups at once, each in its role."""
@@ -122,8 +124,8 @@ def _play_roles(
         gl.warp_specialize(
             [
                 (reduce_items, (reduction, items)),
-                (consume_values, (dv_desc, pipes, weights, items, mask, scoring)),
-                (consume_keys, (dk_desc, pipes, weights, items, mask, scoring, bias_gradient)),
+                (consume_values, (dv_desc, pipes, weights, items, mask, scoring, relay)),
+                (consume_keys, (dk_desc, pipes, weights, items, mask, scoring, bias_gradient, relay)),
                 (load_items, (sources, pipes, items, mask)),
                 (notify, (turns,)),
             ],
@@ -134,8 +136,8 @@ def _play_roles(
         gl.warp_specialize(
             [
                 (reduce_items, (reduction, items)),
-                (_consume, (dk_desc, dv_desc, pipes, items, mask, scoring, bias_gradient, 0)),
-                (_consume, (dk_desc, dv_desc, pipes, items, mask, scoring, bias_gradient, 1)),
+                (_consume, (dk_desc, dv_desc, pipes, items, mask, scoring, bias_gradient, relay, 0)),
+                (_consume, (dk_desc, dv_desc, pipes, items, mask, scoring, bias_gradient, relay, 1)),
                 (load_items, (sources, pipes, items, mask)),
                 (notify, (turns,)),
             ],
@@ -146,9 +148,9 @@ def _play_roles(
         gl.warp_specialize(
             [
                 (run_errands, errands),
-                (_consume, (dk_desc, dv_desc, pipes, items, mask, scoring, bias_gradient, 0)),
-                (_consume, (dk_desc, dv_desc, pipes, items, mask, scoring, bias_gradient, 1)),
-                (_consume, (dk_desc, dv_desc, pipes, items, mask, scoring, bias_gradient, 2)),
+                (_consume, (dk_desc, dv_desc, pipes, items, mask, scoring, bias_gradient, relay, 0)),
+                (_consume, (dk_desc, dv_desc, pipes, items, mask, scoring, bias_gradient, relay, 1)),
+                (_consume, (dk_desc, dv_desc, pipes, items, mask, scoring, bias_gradient, relay, 2)),
                 (load_items, (sources, pipes, items, mask)),
             ],
             [4, 4, 4, 1],
@@ -158,9 +160,9 @@ def _play_roles(
         gl.warp_specialize(
             [
                 (reduce_items, (reduction, items)),
-                (_consume, (dk_desc, dv_desc, pipes, items, mask, scoring, bias_gradient, 0)),
-                (_consume, (dk_desc, dv_desc, pipes, items, mask, scoring, bias_gradient, 1)),
-                (_consume, (dk_desc, dv_desc, pipes, items, mask, scoring, bias_gradient, 2)),
+                (_consume, (dk_desc, dv_desc, pipes, items, mask, scoring, bias_gradient, relay, 0)),
+                (_consume, (dk_desc, dv_desc, pipes, items, mask, scoring, bias_gradient, relay, 1)),
+                (_consume, (dk_desc, dv_desc, pipes, items, mask, scoring, bias_gradient, relay, 2)),
             ],
             [4, 4, 4],
             [CONSUME_REGISTERS, CONSUME_REGISTERS, CONSUME_REGISTERS],
@@ -170,10 +172,10 @@ def _play_roles(
 @gluon.jit(do_not_specialize=RUNTIME)
 def backward_kernel(
     q_desc, k_desc, v_desc, do_desc, rows_desc, dq_desc, dk_desc, dv_desc, bias_desc, dbias_desc, first_rows, end_rows,
-    dbias, counters, rows, out, dout, accumulated, dq, bias, slopes, sinks, cu_q, cu_k, lo, hi, rng, mailbox, stride_bb,
-    stride_bh, stride_bm, stride_gb, stride_gh, stride_ob, stride_om, stride_oh, stride_yb, stride_ym,
-    stride_yh, stride_xb, stride_xm, stride_xh, stride_sb, stride_tb, batch, heads, group, max_q,
-    max_k, total_q, total_k, padded, scratch, tiles, first_program, programs, section, left, right, scale, softcap,
+    dbias, counters, rows, out, dout, accumulated, dq, sums, bias, slopes, sinks, cu_q, cu_k, lo, hi, rng, mailbox,
+    stride_bb, stride_bh, stride_bm, stride_gb, stride_gh, stride_ob, stride_om, stride_oh, stride_yb, stride_ym,
+    stride_yh, stride_xb, stride_xm, stride_xh, stride_sb, stride_tb, batch, heads, group, max_q, max_k, total_q,
+    total_k, padded, padded_k, scratch, tiles, first_program, programs, cohort, section, left, right, scale, softcap,
     threshold, keep_scale, BLOCK_M: gl.constexpr, GROUPS: gl.constexpr, DIM: gl.constexpr, DIM_V: gl.constexpr,
     STAGES: gl.constexpr, SLOTS: gl.constexpr,
     CONSUME_REGISTERS: gl.constexpr, LOAD_REGISTERS: gl.constexpr, GROUPED: gl.constexpr, VARLEN: gl.constexpr,
@@ -183,7 +185,7 @@ def backward_kernel(
     CLEARED: gl.constexpr, PRODUCTS: gl.constexpr, ROTATES: gl.constexpr, PANELS: gl.constexpr, MAKES: gl.constexpr,
     AROUND: gl.constexpr, MIRRORS: gl.constexpr, ALIGN: gl.constexpr, O_STEP: gl.constexpr, Y_STEP: gl.constexpr,
     X_STEP: gl.constexpr, COLUMNS: gl.constexpr, COLUMNS_V: gl.constexpr, COUNTER: gl.constexpr, CLEARS: gl.constexpr,
-    ERRAND: gl.constexpr,
+    ERRAND: gl.constexpr, RELAYS: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
     PANEL: gl.constexpr = k_desc.block_type.shape[-1]
@@ -192,7 +194,8 @@ def backward_kernel(
     lengths = Lengths(cu_q, cu_k, mailbox, max_q, max_k, total_q, total_k, VARLEN)
     items = Items(
         counters + COUNTER, words(2 * RECORD), barriers(2, 1), lengths, rows, heads, group, padded, scratch, tiles,
-        first_program, programs, section, TURN > 0, BLOCK_M, GROUPS, PRODUCTS, AROUND, MIRRORS,
+        first_program, programs, cohort if RELAYS else section, section, TURN > 0, BLOCK_M, GROUPS, PRODUCTS, AROUND,
+        MIRRORS, RELAYS,
     )  # fmt: skip
     mask = Mask(first_rows, end_rows, stride_tb, left, right, KIND, LEFT, LEFT or MIRRORS, RAGGED)
     scoring = Scoring(
@@ -237,6 +240,9 @@ def backward_kernel(
         accumulated, counters + COUNTERS, dq, stride_xb * ALIGN, stride_xm * ALIGN, stride_xh * ALIGN, heads, max_q,
         padded, scratch, scale, COLUMNS, D, X_STEP, CLEARED, ERRAND == "dq",
     )  # fmt: skip
+    WIDTH: gl.constexpr = D if MAKES == "keys" else D + DV
+    numbers = counters + COUNTERS + scratch // 64
+    relay = Relay(sums, numbers, heads // group, padded_k, WIDTH, True) if RELAYS else NoRelay(False)
     empty = barriers(STAGES, 2 if GROUPS == 1 else GROUPS)
     read = barriers(2, 1)
     pipes = Pipes(
@@ -258,5 +264,5 @@ def backward_kernel(
     reduction = Reduction(dq_desc, turns, sources, pipes, mask, bias_gradient, GROUPS == 3)
     _play_roles(
         dk_desc, dv_desc, pipes, items, mask, scoring, bias_gradient, reduction, weights, sources, turns,
-        (deltas, clearing, conversion), CONSUME_REGISTERS, LOAD_REGISTERS,
+        (deltas, clearing, conversion), relay, CONSUME_REGISTERS, LOAD_REGISTERS,
     )  # fmt: skip

@@ -70,10 +70,15 @@ class Sources:
                 _load_keys(self.v, pipes.values, place, values, 1)
         else:  # keys that nobody sees
             pipes.keys.await_empty(keys)
-            pipes.keys.announce(keys)
             if pipes.MAKES != "values":
                 pipes.values.await_empty(values)
                 pipes.values.announce(values)
+            pipes.keys.announce(keys)
+            if pipes.GROUPS == 1:
+                # One consumer releases the keys, the other the values. Without steps nothing else keeps them together,
+                # and who comes late would wait for an item that the next one has taken the place of.
+                pipes.keys.await_empty(keys + 1)
+                pipes.values.await_empty(values + 1)
 
 
 @gluon.jit

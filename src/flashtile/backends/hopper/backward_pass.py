@@ -58,7 +58,7 @@ def backward(
         dk, dv = map(descriptors.writable, (dk, dv))
     kind = bias_gradient.kind(problem) if bias_grad else "none"
     each, dbias = bias_memory(problem, call, kind)
-    rows, accumulated, counters, sums = _scratch(problem, lse)
+    rows, accumulated, counters, sums, gathered = _scratch(problem, lse)
     dbias_or_rows = rows if dbias is None else dbias
     before = (out, dout, lse, dlse_or_lse, rows, accumulated, counters, dbias_or_rows, sums)
     passes = backward_configs.launches(problem, dlse is not None)
@@ -74,7 +74,7 @@ def backward(
     boxed = (q, k, v, dout, rows, accumulated, dk, dv, *[q if matrix is None else matrix for matrix in matrices])
     stride_tb = first_rows.stride(0) if problem.table and first_rows.shape[0] > 1 else 0
     ways = ("tile" if each else kind, stride_tb, matrices[0] is not None, matrices[1] is not None)
-    tensors = (first_rows, end_rows, dbias_or_rows, counters, rows, out, dout, accumulated, dq)
+    tensors = (first_rows, end_rows, dbias_or_rows, counters, rows, out, dout, accumulated, dq, gathered)
     for one in passes:
         plan = partial(prepare, problem, call, boxed, (out, dq), ways, one)
         launches.run(backward_kernel, boxed, tensors, plan, one.name)
@@ -90,20 +90,26 @@ def backward(
     return dbias, dsinks
 
 
-def _scratch(problem: Problem, lse: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _scratch(problem: Problem, lse: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Memory between the kernels: two numbers of each row and two of each block of rows, dq's accumulator, counters of
-    items and, where their order counts, of blocks of dq, and sums of dsinks where there are some.
+    items and, where their order counts, of blocks of dq, sums of dsinks where there are some, and of dK and dV between
+    two rounds.
     """
     number, columns = _scratch_rows(problem)
     rows = lse.new_empty(3, number)
     accumulated = lse.new_empty(number * columns // 256, 256)
-    counters = lse.new_empty(
-        COUNTERS.value + (number // 64 if backward_configs.counts_blocks(problem) else 0), dtype=torch.int32
-    )
+    gathered = rows
+    if backward_configs.relays(problem):
+        keys = arguments.scratch_keys(problem)
+        gathered = lse.new_empty(keys, backward_configs.relay_columns(problem))
+        counters = lse.new_zeros(COUNTERS.value + number // 64 + 2 * keys // 64, dtype=torch.int32)
+    else:
+        blocks = number // 64 if backward_configs.counts_blocks(problem) else 0
+        counters = lse.new_empty(COUNTERS.value + blocks, dtype=torch.int32)
     sums = rows
     if problem.sinks:
         sums = lse.new_empty(problem.batch, problem.q_heads, backward_prologue.tiles(problem))
-    return rows, accumulated, counters, sums
+    return rows, accumulated, counters, sums, gathered
 
 
 @lru_cache(maxsize=4096)  # asked on every call
@@ -167,6 +173,7 @@ def prepare(
     tiles = max(1, triton.cdiv(problem.k_len, config.block_n))
     biases, _ = arguments.bias_strides(problem, {"b": call.bias})
     consume, _, load = config.registers
+    relays = one.makes != "values" and backward_configs.relays(problem)
     stride_gb, stride_gh = _bias_gradient_strides(problem, kind)
     values: dict[str, Any] = {
         **arguments.scalars(problem, call),
@@ -179,6 +186,9 @@ def prepare(
         "tiles": tiles,
         "COUNTER": [each.name for each in backward_configs.launches(problem)].index(one.name),
         "first_program": one.first_head,
+        "padded_k": arguments.padded_keys(problem),
+        "cohort": _cohort(tiles),
+        "RELAYS": relays,
         "programs": one.heads,
         "section": _section(problem, tiles, one.makes),
         "BLOCK_M": config.block_m,
@@ -189,7 +199,7 @@ def prepare(
         "SLOTS": config.slots,
         "CONSUME_REGISTERS": consume,
         "LOAD_REGISTERS": load,
-        "GROUPED": problem.group > 1,
+        "GROUPED": problem.group > 1 and not relays,
         "RAGGED": problem.varlen or problem.k_len % config.block_n > 0,
         "ORDERED": problem.window_right is not None and problem.window_right <= 0,
         "TURN": 0 if one.makes == "values" else backward_configs.turn(problem),  # dV is made in any order
@@ -206,7 +216,7 @@ def prepare(
         "stride_tb": stride_tb,
     }
     options = {"num_warps": 4, "enable_fp_fusion": True}
-    at_once = min(tiles * one.heads, launch.multiprocessors(boxed[0].device))
+    at_once = min(tiles * one.heads * (problem.group if relays else 1), launch.multiprocessors(boxed[0].device))
     return launch.Plan(at_once, values, options, partial(_describe, problem, config, tiles_in, tiles_out))
 
 
@@ -222,6 +232,13 @@ def _errands(problem: Problem, one: backward_configs.Launch, tensors: dict[str, 
         **strides,
         "ALIGN": align,
     }
+
+
+def _cohort(tiles: int) -> int:
+    """Key-value heads that go through their rounds together: so many that programs have other tiles to go through while
+    the longest ones, twice as long as the mean, wait for each other. Half as many: 8192 4847 us, instead of 3777.
+    """
+    return 2 * max(1, round(configs.MULTIPROCESSORS / tiles))
 
 
 def _section(problem: Problem, tiles: int, makes: str) -> int:
@@ -241,6 +258,9 @@ def _section_in_order(problem: Problem, tiles: int, fitting: int, unmasked: bool
         # All tiles of a head meet at its first rows and leave them one after the other: too few for all processors to
         # find work there, unless further heads have some (2048 rows: 415 with two heads, 477 with nine).
         return 1 if tiles >= configs.MULTIPROCESSORS else 1 + -(-configs.MULTIPROCESSORS // tiles)
+    if backward_configs.relays(problem):
+        # Tiles of 64 keys meet more often.
+        return 1 if backward_configs.pick(problem).panels else max(2, _cohort(tiles) // 2)
     if backward_configs.mirrors(problem):
         return max(1, round(configs.MULTIPROCESSORS / tiles))  # a tile for each program
     if backward_configs.pick(problem).groups == 1:

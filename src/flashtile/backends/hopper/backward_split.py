@@ -109,10 +109,11 @@ def _walk(sums, n, spans, pipes, keys, mask, scoring, WG: gl.constexpr, NARROW: 
 
 
 @gluon.jit
-def key_gradients(dk_desc, n, turn, items, place, spans, pipes, mask, scoring, WG: gl.constexpr):
+def key_gradients(dk_desc, n, turn, items, place, spans, pipes, mask, scoring, relay, WG: gl.constexpr):
     """dK of the 64 keys number WG of one item, from step n on, through the memory of its keys; the step after it."""
-    zeros = gl.zeros([KEYS, 64], gl.float32, accumulator(64))
-    sums = (zeros, zeros, zeros)
+    relay.await_turn(place, WG, 0)
+    first, second = relay.begin(place, WG, 0, 64), relay.begin(place, WG, 64, 64)
+    sums = (first, second, relay.begin(place, WG, 128, 64))
     pipes.keys.await_full(turn)
     pipes.values.await_full(turn)
     NARROW: gl.constexpr = items.PRODUCTS == "narrow"
@@ -131,6 +132,22 @@ def key_gradients(dk_desc, n, turn, items, place, spans, pipes, mask, scoring, W
     if scoring.DROPOUT:
         scale = scale * scoring.keep_scale
     pipes.await_done(turn)
+    if relay.RELAYS:
+        if place.is_last():
+            _store_keys(dk_desc, sums, scale, turn, place, pipes, WG)
+        else:
+            pipes.keys.release(turn)
+            for i in gl.static_range(pipes.PANELS):
+                relay.leave(place, WG, sums[i], 64 * i)
+            relay.pass_on(place, WG, 0)
+    else:
+        _store_keys(dk_desc, sums, scale, turn, place, pipes, WG)
+    return n
+
+
+@gluon.jit
+def _store_keys(dk_desc, sums, scale, turn, place, pipes, WG: gl.constexpr):
+    """dK leaves through the memory of its keys."""
     for i in gl.static_range(pipes.PANELS):
         pipes.key_panel(turn, WG, i).store((sums[i] * scale).to(dk_desc.dtype))
     fence_async_shared()
@@ -141,7 +158,6 @@ def key_gradients(dk_desc, n, turn, items, place, spans, pipes, mask, scoring, W
         store_rows(dk_desc, k, place.b, place.kv_h, place.k_start, place.k_len, key, place.VARLEN, 64 * i)
     tma.store_wait(0)
     pipes.keys.release(turn)
-    return n
 
 
 @gluon.jit

@@ -23,7 +23,6 @@ from flashtile.backends.hopper.backward_step import (
     positive,
     score_gradients,
 )
-from flashtile.backends.hopper.backward_work import KEYS
 from flashtile.backends.hopper.descriptors import store_rows
 from flashtile.backends.hopper.dialect import barrier
 from flashtile.backends.hopper.tiles import accumulator, left_operand, partial_sums, row_products
@@ -36,12 +35,15 @@ def _right_columns(DIM, WIDTH):
 
 
 @gluon.jit
-def _halves(DIM: gl.constexpr, WIDTH: gl.constexpr):
-    """Zeros: the left and the right half of a gradient of 64 keys."""
+def _halves(relay, place, COLUMN: gl.constexpr, DIM: gl.constexpr, WIDTH: gl.constexpr):
+    """The left and the right half of a gradient of 64 keys, whose first column is number COLUMN of the relay's: zeros,
+    or the sum over earlier rounds.
+    """
     LEFT: gl.constexpr = WIDTH // 2
     RIGHT: gl.constexpr = _right_columns(DIM, WIDTH)
-    left = gl.zeros([KEYS, LEFT], gl.float32, accumulator(LEFT))
-    return left, gl.zeros([KEYS, RIGHT], gl.float32, accumulator(RIGHT))
+    relay.await_turn(place, 0, COLUMN > 0)
+    left = relay.begin(place, 0, COLUMN, LEFT)
+    return left, relay.begin(place, 0, COLUMN + LEFT, RIGHT)
 
 
 @gluon.jit
@@ -112,21 +114,21 @@ def _differentiate(
 
 
 @gluon.jit
-def consume_values(dv_desc, pipes, weights, items, mask, scoring):
+def consume_values(dv_desc, pipes, weights, items, mask, scoring, relay):
     """dV of the program's keys."""
     n = 0
     turn = 0
     place, spans = items.wait(turn)
     while place.tile >= 0:
-        n = _value_gradients(dv_desc, n, turn, place, spans[0], pipes, weights, mask, scoring)
+        n = _value_gradients(dv_desc, n, turn, place, spans[0], pipes, weights, mask, scoring, relay)
         turn += 1
         place, spans = items.wait(turn)
 
 
 @gluon.jit
-def _value_gradients(dv_desc, n, turn, place, span, pipes, weights, mask, scoring):
+def _value_gradients(dv_desc, n, turn, place, span, pipes, weights, mask, scoring, relay):
     """dV of one tile of keys; the number of the step after it."""
-    left, right = _halves(pipes.DIM_V, pipes.DV)
+    left, right = _halves(relay, place, pipes.D, pipes.DIM_V, pipes.DV)
     start, full, partial, stop = span
     pipes.keys.await_full(turn)
     for g in range(place.group if pipes.GROUPED else 1):
@@ -145,26 +147,26 @@ def _value_gradients(dv_desc, n, turn, place, span, pipes, weights, mask, scorin
     scale = 1.0
     if scoring.DROPOUT:
         scale = scoring.keep_scale
-    _leave(dv_desc, left * scale, right * scale, pipes.values, turn, pipes, place)
+    _leave(dv_desc, left, right, scale, pipes.D, pipes.values, turn, pipes, place, relay)
     return n
 
 
 @gluon.jit
-def consume_keys(dk_desc, pipes, weights, items, mask, scoring, dbias):
+def consume_keys(dk_desc, pipes, weights, items, mask, scoring, dbias, relay):
     """dK of the program's keys."""
     n = 0
     turn = 0
     place, spans = items.wait(turn)
     while place.tile >= 0:
-        n = _key_gradients(dk_desc, n, turn, items, place, spans[0], pipes, weights, mask, scoring, dbias)
+        n = _key_gradients(dk_desc, n, turn, items, place, spans[0], pipes, weights, mask, scoring, dbias, relay)
         turn += 1
         place, spans = items.wait(turn)
 
 
 @gluon.jit
-def _key_gradients(dk_desc, n, turn, items, place, span, pipes, weights, mask, scoring, dbias):
+def _key_gradients(dk_desc, n, turn, items, place, span, pipes, weights, mask, scoring, dbias, relay):
     """dK of one tile of keys; the number of the step after it."""
-    left, right = _halves(pipes.DIM, pipes.D)
+    left, right = _halves(relay, place, 0, pipes.DIM, pipes.D)
     start, _, _, stop = span
     pipes.values.await_full(turn)
     NARROW: gl.constexpr = items.PRODUCTS == "narrow"
@@ -181,7 +183,7 @@ def _key_gradients(dk_desc, n, turn, items, place, span, pipes, weights, mask, s
     scale = scoring.scale
     if scoring.DROPOUT:
         scale = scale * scoring.keep_scale
-    _leave(dk_desc, left * scale, right * scale, pipes.keys, turn, pipes, place)
+    _leave(dk_desc, left, right, scale, 0, pipes.keys, turn, pipes, place, relay)
     return n
 
 
@@ -199,7 +201,23 @@ def _walk_keys(left, right, n, start, stop, pipes, weights, keys, scoring, dbias
 
 
 @gluon.jit
-def _leave(desc, left, right, ring, turn, pipes, place):
+def _leave(desc, left, right, scale, COLUMN: gl.constexpr, ring, turn, pipes, place, relay):
+    """Stores a gradient, whose first column is number COLUMN of the relay's, or leaves its sum for the next round."""
+    if relay.RELAYS:
+        if place.is_last():
+            _store(desc, left * scale, right * scale, ring, turn, pipes, place)
+        else:
+            pipes.await_done(turn)
+            ring.release(turn)
+            relay.leave(place, 0, left, COLUMN)
+            relay.leave(place, 0, right, COLUMN + left.shape[1])
+            relay.pass_on(place, 0, COLUMN > 0)
+    else:
+        _store(desc, left * scale, right * scale, ring, turn, pipes, place)
+
+
+@gluon.jit
+def _store(desc, left, right, ring, turn, pipes, place):
     """Stores a gradient through the shared memory of an item's keys or values, once no product reads them any more."""
     pipes.await_done(turn)
     tile = ring.buffers.index(0)

@@ -89,5 +89,5 @@ def _launch(name: str, problem: Problem) -> _Launch:
     stride_tb = table.stride(0) if problem.table and table.shape[0] > 1 else 0
     variant = ("tile" if each else kind, stride_tb, bias is not None, boxes is not None)
     plan = backward_pass.prepare(problem, call, boxed, (out, q), variant, launches[name])
-    tensors = (table, table, dbias, counters, rows, out, out, accumulated, q)
+    tensors = (table, table, dbias, counters, rows, out, out, accumulated, q, rows)
     return _Launch(backward_kernel, boxed, (*tensors, *extras), plan)

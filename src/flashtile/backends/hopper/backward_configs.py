@@ -107,7 +107,7 @@ def relays(problem: Problem) -> bool:
     """True where each query head of a group comes to the tiles of keys in a round of its own (backward_relay.py).
 
     Causal, head dim 256, groups of 4, deterministic: 1024 967 us and 826, 8192 4933 and 3632; groups of 2, 2048, 1096
-    and 1198. In any order: groups of 4, 2048 1077 and 1104, 4096 2026 and 1836; of 8, 2048 1868 and 1128.
+    and 1198. In any order: groups of 4, 2048 1077 and 1104, 4096 1953 and 1834; of 8, 2048 1867 and 1122.
     """
     causal = problem.window_right is not None and problem.window_left is None and not problem.table
     wide = max(problem.qk_dim, problem.v_dim) > 128

@@ -98,9 +98,9 @@ def mirrors(problem: Problem) -> bool:
     Tiles that write in order start with the shortest walk, so that the longest, of a whole group of heads, would come
     last of all. From the other end they start with the longest. Causal, 8192, 3376 us and 2465, without an order 2293.
     """
-    causal = problem.window_right is not None and problem.window_left is None and not problem.table
     whole = problem.bias is None and not problem.varlen and problem.k_len % 128 == 0
-    return problem.deterministic and problem.group > 1 and causal and whole and not relays(problem)
+    grouped = problem.group > 1 and not relays(problem)
+    return problem.deterministic and grouped and _triangular(problem) and whole
 
 
 def relays(problem: Problem) -> bool:
@@ -109,10 +109,14 @@ def relays(problem: Problem) -> bool:
     Causal, head dim 256, groups of 4, deterministic: 1024 967 us and 826, 8192 4933 and 3632; groups of 2, 2048, 1096
     and 1198. In any order: groups of 4, 2048 1077 and 1104, 4096 1953 and 1834; of 8, 2048 1867 and 1122.
     """
-    causal = problem.window_right is not None and problem.window_left is None and not problem.table
-    wide = max(problem.qk_dim, problem.v_dim) > 128
-    long = problem.k_len > _LONG_WALK or problem.group >= 8
-    return causal and wide and problem.group > 2 and (problem.deterministic or long)
+    large = problem.group > 2 and max(problem.qk_dim, problem.v_dim) > 128
+    pays = problem.deterministic or problem.k_len > _LONG_WALK or problem.group >= 8
+    return _triangular(problem) and large and pays
+
+
+def _triangular(problem: Problem) -> bool:
+    """True where the walks of a head are each a little longer than the one after."""
+    return problem.window_right is not None and problem.window_left is None and not problem.table
 
 
 def relay_columns(problem: Problem) -> int:

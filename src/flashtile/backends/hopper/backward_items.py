@@ -116,9 +116,8 @@ class Items:
     waits for one that cannot start. One role takes them, works out where they lie and which query tiles see them, and
     leaves that in shared memory, for a program's present item and its next: the others read a few words between two
     items, when all of them stand still, where they would each divide and look up the same. PRODUCTS: what
-    backward_prologue.products says.
-    RELAYS: each query head of a group comes in a round of its own (backward_relay.py); cohort: key-value heads that
-    go through all rounds before others begin.
+    backward_prologue.products says. RELAYS: each query head of a group comes in a round of its own (backward_relay.py);
+    cohort: key-value heads that go through all rounds before others begin.
     """
 
     counter: gl.tensor

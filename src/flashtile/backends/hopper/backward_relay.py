@@ -16,7 +16,7 @@ from flashtile.gpu.sequences import scratch_row
 
 @aggregate
 class NoRelay:
-    """Stands in where an item is gone through with all heads of its group."""
+    """Stands in where an item is gone through with all heads of its group, and nothing waits."""
 
     RELAYS: gl.constexpr
 

@@ -104,6 +104,18 @@ def test_programs_of_the_hopper_kernels() -> None:
     assert few_keys["programs"] == -(-100 // few_keys["block_n"])
 
 
+def test_heads_that_come_in_rounds() -> None:
+    """Each has programs of its own, which read the keys and what the heads before have summed."""
+    shapes = ("q=1,100,8,256", "k=1,100,1,256", "v=1,100,1,256", "--causal", *CALL[2:], "--backend", "hopper")
+    rounds = explain(*shapes)
+    together = explain(*shapes[:3], "--window", "100,0", *shapes[4:])  # the same pairs
+    for result, programs in ((rounds, 2 * 8), (together, 2)):
+        assert result["kernels"][1]["block_n"] == 64
+        assert result["kernels"][1]["programs"] == programs
+    moved = rounds["traffic"]["backward"]["this kernel"] - together["traffic"]["backward"]["this kernel"]
+    assert moved == 3 * 7 * 100 * 512 * 2
+
+
 def test_the_backward_of_latent_attention_is_two_kernels_or_three() -> None:
     shapes = ("q=1,4096,16,192", "k=1,4096,16,192", "v=1,4096,16,128")
     _, values, keys = explain(*shapes, *CALL[2:], "--backend", "hopper")["kernels"]

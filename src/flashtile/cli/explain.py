@@ -222,9 +222,9 @@ def _pairs(problem: Problem, lo: torch.Tensor, hi: torch.Tensor) -> float:
 def _kernel(problem: Problem, kernel: Kernel, lo: torch.Tensor, hi: torch.Tensor) -> Result:
     """What one kernel launches, and which tiles it visits."""
     tiling = Tiling(lo, hi, problem.k_len, kernel.block_m, kernel.block_n)
-    heads = problem.batch * (problem.kv_heads if kernel.shares_keys else problem.q_heads)
-    if kernel.heads is not None:
-        heads = kernel.heads
+    heads = problem.batch * problem.kv_heads if kernel.heads is None else kernel.heads
+    if not kernel.shares_keys:
+        heads *= problem.group
     counts = tiling.counts()
     steps = -(-problem.k_len // kernel.block_n) if kernel.by_keys else -(-problem.q_len // kernel.block_m)
     return {
@@ -288,7 +288,9 @@ def _kernel_traffic(problem: Problem, kernel: Kernel, head: traffic.Shape) -> in
         # K and V stay in fast memory, Q, dO, lse and delta pass by; dQ too where this kernel adds to it.
         queries = sum(_rows(tiles, head.block_q, n) for tiles in traffic.query_tiles_seeing(head))
         passing = d + d_v + 2 + (2 * d if kernel.adds_dq else 0)
-        return q_heads * queries * passing + (kv_heads if kernel.shares_keys else q_heads) * 2 * m * (d + d_v)
+        held = (kv_heads if kernel.shares_keys else q_heads) * 2 * m * (d + d_v)
+        sums = (q_heads - kv_heads) * m * (d + d_v) if kernel.relays else 0  # that later heads read
+        return q_heads * queries * passing + held + sums
     keys = sum(_rows(tiles, head.block_k, m) for tiles in traffic.key_tiles_seen(head))
     own = n * (d + d_v + 1) if kernel.mode == "forward" else n * (2 * d + d_v + 2)
     return q_heads * own + (kv_heads if kernel.shares_keys else q_heads) * keys * (d + d_v)

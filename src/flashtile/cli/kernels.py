@@ -20,7 +20,8 @@ class Kernel:
     of keys and walks over queries, else the other way round. shares_keys: a program serves all query heads of a
     key-value head. adds_dq: dq is accumulated in slow memory. dense: the whole score matrix is stored. programs: at
     most so many, which then walk through the tiles; 0 is one for each tile. heads: the key-value heads, of all batches,
-    that it serves; None: all. compiled_as: its name where Triton kernels are compiled.
+    that it serves; None: all. relays: sums of dk and dv lie in slow memory until the group's next query head comes.
+    compiled_as: its name where Triton kernels are compiled.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Kernel:
     dense: bool = False
     programs: int = 0
     heads: int | None = None
+    relays: bool = False
     compiled_as: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
 
@@ -82,16 +84,18 @@ def _hopper(problem: Problem) -> list[Kernel]:
 
     def backward(one: backward_configs.Launch) -> Kernel:
         config = backward_configs.pick(problem, bias and backward_configs.room_for_bias(problem), one.makes)
+        relays = backward_configs.relays(problem) and one.makes != "values"
         return Kernel(
             names[one.name],
             "backward",
             config.block_m,
             config.block_n,
             by_keys=True,
-            shares_keys=True,
+            shares_keys=not relays,
             adds_dq=one.makes != "values",
             programs=configs.MULTIPROCESSORS,
             heads=one.heads,
+            relays=relays,
             compiled_as=one.name,
             settings={key: value for key, value in asdict(config).items() if key != "block_m"},
         )

@@ -41,7 +41,7 @@ def _halves(relay, place, COLUMN: gl.constexpr, DIM: gl.constexpr, WIDTH: gl.con
     """
     LEFT: gl.constexpr = WIDTH // 2
     RIGHT: gl.constexpr = _right_columns(DIM, WIDTH)
-    relay.await_turn(place, 0, COLUMN > 0)
+    relay.await_turn(place, 0, COLUMN > 0)  # dK's number, and after it dV's
     left = relay.begin(place, 0, COLUMN, LEFT)
     return left, relay.begin(place, 0, COLUMN + LEFT, RIGHT)
 

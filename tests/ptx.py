@@ -91,6 +91,10 @@ def _value(operation: str, x: list[np.ndarray]) -> np.ndarray:
             return ~(x[0] == x[1])
         case "setp.neu.or.f32":
             return ~(x[0] == x[1]) | x[2]
+        case "setp.gt.f32":
+            return x[0] > x[1]
+        case "setp.gt.or.f32":
+            return (x[0] > x[1]) | x[2]
         case "setp.gtu.f32":
             return ~(x[0] <= x[1])
         case "setp.gtu.or.f32":

@@ -42,6 +42,7 @@ CASES = (
     replace(_SMALL, id="latent-window", dim=192, v_dim=128, mask=Window(100, 20), dropout_p=0.2),
     replace(_SMALL, id="relay", dim=256, heads=4, kv_heads=1, mask=Causal(), deterministic=True),
     replace(_SMALL, id="relay-latent", dim=192, v_dim=128, heads=8, kv_heads=1, mask=Causal()),
+    replace(_SMALL, id="relay-128", batch=1, q_len=70, k_len=1030, dim=128, heads=136, kv_heads=17, mask=Causal()),
     replace(_SMALL, id="mirrored", k_len=256, dim=128, heads=4, kv_heads=2, mask=Causal(), deterministic=True),
     Case("varlen", "", q_lens=(100, 0, 70), k_lens=(90, 40, 130), dim=128, mask=Causal()),
 )

@@ -114,6 +114,8 @@ def test_heads_that_come_in_rounds() -> None:
         assert result["kernels"][1]["programs"] == programs
     moved = rounds["traffic"]["backward"]["this kernel"] - together["traffic"]["backward"]["this kernel"]
     assert moved == 3 * 7 * 100 * 512 * 2
+    more = explain(*[shape.replace("100", "1000") for shape in shapes])["kernels"][1]
+    assert more["programs"] == 16 + 14 * 7, "two tiles of 64 keys are gone through with all heads at once"
 
 
 def test_the_backward_of_latent_attention_is_two_kernels_or_three() -> None:

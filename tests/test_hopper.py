@@ -282,9 +282,8 @@ def test_products_of_16_bits_where_they_are_safe_and_pay(
     [
         ({"window_right": 0}, 0),
         ({"window_right": 0, "window_left": 99}, 1),
-        ({"dtype": torch.float16, "q_len": 4096, "k_len": 4096}, 0),
-        ({"dtype": torch.float16, "q_len": 4096, "k_len": 1024}, 2),
-        ({"dtype": torch.float16, "q_len": 4096, "k_len": 4096, "window_right": 0}, 2),
+        ({"dtype": torch.float16}, 0),
+        ({"dtype": torch.float16, "window_right": 0}, 0),
     ],
 )
 def test_weights_take_their_scores_place_where_that_pays(changes: dict[str, Any], pieces: int) -> None:

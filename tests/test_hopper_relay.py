@@ -19,6 +19,7 @@ ORDERED = Problem(
     batch=2, q_len=1024, k_len=1024, q_heads=16, kv_heads=4, qk_dim=256, v_dim=256, dtype=torch.bfloat16,
     device="cuda", capability=(9, 0), scale=256**-0.5, window_right=0, deterministic=True,
 )  # fmt: skip
+NARROW: dict[str, Any] = {"qk_dim": 128, "v_dim": 128, "batch": 9, "kv_heads": 2}
 
 
 @pytest.mark.parametrize(
@@ -35,14 +36,37 @@ ORDERED = Problem(
         ({"window_right": None}, False),
         ({"window_left": 100}, False),
         ({"table": True}, False),
-        ({"qk_dim": 128, "v_dim": 128}, False),
         ({"deterministic": False}, False),
         ({"deterministic": False, "k_len": 2049}, True),
         ({"deterministic": False, "kv_heads": 2}, True),
+        ({**NARROW}, True),
+        ({**NARROW, "deterministic": False}, True),
+        ({**NARROW, "qk_dim": 80, "v_dim": 80}, True),
+        ({**NARROW, "qk_dim": 64, "v_dim": 64}, False),
+        ({**NARROW, "kv_heads": 4}, False),  # groups of four
+        ({**NARROW, "k_len": 1023}, False),
+        ({**NARROW, "batch": 8}, False),  # 128 tiles, not even one for each program
+        ({**NARROW, "window_left": 100}, False),
     ],
 )
-def test_large_groups_of_wide_heads_come_in_rounds(changes: dict[str, Any], relays: bool) -> None:
+def test_large_groups_come_in_rounds(changes: dict[str, Any], relays: bool) -> None:
     assert backward_configs.relays(replace(ORDERED, **changes)) == relays
+
+
+@pytest.mark.parametrize(
+    ("changes", "tiles", "alone"),
+    [
+        ({}, 16, 12),
+        ({}, 3, 3),
+        ({"kv_heads": 2}, 64, 56),
+        ({"kv_heads": 2}, 7, 7),
+        ({"k_len": 4097}, 65, 65),
+        ({"k_len": 8192, "deterministic": False}, 128, 96),
+    ],
+)
+def test_short_walks_are_gone_through_with_all_heads_at_once(changes: dict[str, Any], tiles: int, alone: int) -> None:
+    """As many as make no more than one long walk; not where the rows of all heads in order take too much memory."""
+    assert backward_configs.alone(replace(ORDERED, **changes), tiles) == alone
 
 
 @pytest.mark.parametrize(
@@ -80,6 +104,12 @@ _UNSEEN = Case(
     k_lens=(700, 900, 9, 64, 400, 700, 65, 9), heads=6, kv_heads=2, dim=256, mask=Causal(), deterministic=True,
 )  # fmt: skip
 
+# Groups of eight, with tiles for more programs than there are.
+_NARROW = replace(_RELAY, id="relay-128", batch=1, q_len=260, k_len=1030, heads=136, kv_heads=17, dim=128)
+_NARROW_UNSEEN = replace(
+    _UNSEEN, id="relay-unseen-128", k_lens=(700, 900, 9, 64, 1030, 700, 65, 9), heads=24, kv_heads=3, dim=128
+)
+
 on_gpu = [pytest.mark.gpu(seconds=60.0), on_hopper]
 
 
@@ -107,6 +137,11 @@ class TestOnHopper:
                 k_lens=(700, 90, 400, 200), heads=6, kv_heads=2, dim=256, mask=Causal(), deterministic=True,
             ),
             _UNSEEN,
+            _NARROW,
+            replace(_NARROW, id="relay-96", why="in any order", dim=96, v_dim=72, deterministic=False, dlse=True),
+            replace(_NARROW, id="relay-128-all", why="features", softcap=5.0, alibi="heads", sinks=True, dropout_p=0.2),
+            replace(_NARROW, id="relay-128-bias", why="a gradient of each", bias="additive", bias_axes="1hqk"),
+            _NARROW_UNSEEN,
             replace(_UNSEEN, id="unseen", why="the same without rounds", kv_heads=None),
         ],
         ids=str,
@@ -114,18 +149,20 @@ class TestOnHopper:
     def test_rounds(self, case: Case, dtype: torch.dtype) -> None:
         run_case(case, "hopper", dtype, "cuda")
 
-    def test_keys_that_nobody_sees_hold_up_nobody(self) -> None:
-        inputs = build(_UNSEEN, torch.bfloat16, "cuda")
-        expected = evaluate(_UNSEEN, inputs, "hopper")
+    @pytest.mark.parametrize("case", [_UNSEEN, _NARROW_UNSEEN], ids=str)
+    def test_keys_that_nobody_sees_hold_up_nobody(self, case: Case) -> None:
+        inputs = build(case, torch.bfloat16, "cuda")
+        expected = evaluate(case, inputs, "hopper")
         for _ in range(100):
-            found = evaluate(_UNSEEN, inputs, "hopper")
+            found = evaluate(case, inputs, "hopper")
             assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
 
     @pytest.mark.parametrize("cohort", [1, 2, 5])
-    @pytest.mark.parametrize("case", [_RELAY, _LATENT], ids=str)
+    @pytest.mark.parametrize(
+        "case", [replace(_RELAY, heads=24, kv_heads=6), replace(_LATENT, heads=24, kv_heads=6), _NARROW], ids=str
+    )
     def test_rounds_change_no_bit(self, case: Case, cohort: int, monkeypatch: pytest.MonkeyPatch) -> None:
         """Of a fixed order: sums are made in the order in which registers would."""
-        case = replace(case, heads=24, kv_heads=6)
         inputs = build(case, torch.bfloat16, "cuda")
         with monkeypatch.context() as patch, hopper_plans_anew():
             patch.setattr(backward_configs, "relays", lambda problem: False)

@@ -44,7 +44,7 @@ def test_scores_of_ten_thousand(backend: str, device: str, dtype: torch.dtype, s
 
 @pytest.mark.parametrize(("backend", "device"), [place for place in PLACES_16_BIT if place.values[0] != "blocked"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("leap", [14.0, 40.0, 200.0])
+@pytest.mark.parametrize("leap", [9.0, 14.0, 40.0, 200.0])
 @pytest.mark.parametrize("keys", ["each tile", "one key"])
 def test_scores_that_leap(backend: str, device: str, dtype: torch.dtype, leap: float, keys: str) -> None:
     """Scores that rise from tile to tile, in the order in which they are visited, by more than exp can hold in 16 or 32
@@ -65,6 +65,23 @@ def test_scores_that_leap(backend: str, device: str, dtype: torch.dtype, leap: f
         expected = torch.einsum("bhmn,bnhd->bmhd", torch.softmax(scores, -1), v.double())
         torch.testing.assert_close(out.double(), expected, rtol=2e-2, atol=2e-2)
         torch.testing.assert_close(lse.double(), torch.logsumexp(scores, -1), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(("backend", "device"), PLACES_16_BIT)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_sums_of_many_weights(backend: str, device: str, dtype: torch.dtype) -> None:
+    """Thousands of keys with the same score, and a few that hardly count."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, n, 1, 64, generator=generator) for n in (70, 9000, 9000))
+    q, k = torch.zeros_like(q), torch.zeros_like(k)
+    q[..., 0] = 8.0
+    k[:, ::50, :, 0] = -6.0
+    q, k, v = (x.to(device, dtype) for x in (q, k, v + 1))
+    out, lse = flashtile.attention(q, k, v, backend=backend, return_lse=True)
+    scores = k[:, :, 0, 0].double()
+    expected = torch.softmax(scores, -1)[:, None] @ v[:, :, 0].double()
+    torch.testing.assert_close(out[:, :, 0].double(), expected.expand(1, 70, 64), rtol=2e-3, atol=5e-3)
+    torch.testing.assert_close(lse.double(), torch.logsumexp(scores, -1).expand(1, 1, 70), rtol=1e-5, atol=1e-5)
 
 
 @every_place

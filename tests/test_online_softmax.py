@@ -53,9 +53,12 @@ def weigh(code: str, s: np.ndarray, m: np.ndarray, l: np.ndarray, search: int = 
     return tile_of(outputs[:count]), both[0][:, 0], both[1], both[2][:, 0]
 
 
-def check(code: str, s: np.ndarray, m: np.ndarray, search: int = 0) -> tuple[np.ndarray, ...]:
+def check(
+    code: str, s: np.ndarray, m: np.ndarray, l: np.ndarray | None = None, search: int = 0
+) -> tuple[np.ndarray, ...]:
     """Weights, sums and factors belong to the maxima that are returned, whatever these are."""
-    l = np.random.default_rng(1).uniform(1, 2, (16, 4)).astype(np.float32)
+    if l is None:
+        l = np.random.default_rng(1).uniform(1, 2, (16, 4)).astype(np.float32)
     p, found, sums, shrunk = weigh(code, s, m, l, search)
     base = np.where(np.isneginf(found), 0, found).astype(np.float64)
     with np.errstate(invalid="ignore"):
@@ -70,7 +73,7 @@ def check(code: str, s: np.ndarray, m: np.ndarray, search: int = 0) -> tuple[np.
 
 NEVER = np.full(16, -np.inf, np.float32)
 KEEPING = [weighing.keeping.fn(COLUMNS // 2, pieces) for pieces in (1, 2, 4)]
-BFLOAT16, FLOAT16 = (weighing.in_place.fn(COLUMNS // 2, divides) for divides in (False, True))
+BFLOAT16, FLOAT16 = (weighing.in_place.fn(COLUMNS // 2, narrow) for narrow in (False, True))
 
 
 @pytest.mark.parametrize("code", [*KEEPING, BFLOAT16, FLOAT16], ids=["1", "2", "4", "bfloat16", "float16"])
@@ -132,25 +135,57 @@ class TestKeeping:
 
 
 class TestInPlace:
-    @pytest.mark.parametrize("above", [30, 100])
-    def test_bfloat16_keeps_large_weights(self, above: float) -> None:
+    @pytest.mark.parametrize(("code", "above"), [(BFLOAT16, 30), (BFLOAT16, 100), (FLOAT16, 14)])
+    def test_large_weights_stay_as_they_are(self, code: str, above: float) -> None:
         s = np.random.default_rng(0).normal(0, 1, (16, COLUMNS))
         s[5, 17] = above / UNIT
-        p, found, _, _ = check(BFLOAT16, s, np.full(16, 2.0, np.float32))
+        p, found, _, _ = check(code, s, np.full(16, 2.0, np.float32))
         np.testing.assert_array_equal(found, 2)
         assert p[5, 17] == pytest.approx(2.0 ** (above - 2), rel=1e-3)
 
-    @pytest.mark.parametrize("above", [14, 40, 126])
-    def test_float16_divides_them(self, above: float) -> None:
+    @pytest.mark.parametrize("total", [2100.0, 33000.0])
+    def test_float16_divides_rows_with_a_large_sum(self, total: float) -> None:
         s = np.random.default_rng(0).normal(0, 1, (16, COLUMNS))
-        s[5, 17] = above / UNIT
-        m = np.zeros(16, np.float32)
-        m[0] = -np.inf
-        s[0] = -np.inf
-        p, found, _, _ = check(FLOAT16, s, m)
-        assert 0.99 < p[5].max() < 8
-        assert (np.delete(found, [0, 5]) < 4).all()
+        m, l = np.full(16, 6.0, np.float32), np.ones((16, 4), np.float32)
+        l[5, 2] = total
+        m[0], l[0], s[0] = -np.inf, 0, -np.inf
+        p, found, sums, shrunk = check(FLOAT16, s, m, l)
+        power = np.floor(np.log2(total))
+        assert found[5] == 6 + power
+        assert shrunk[5] == 2.0**-power
+        assert 1 <= sums[5, 2] - p[5].reshape(-1, 4, 2)[:, 2].sum() < 2
+        np.testing.assert_array_equal(np.delete(found, [0, 5]), 6)
         assert (p[0] == 0).all()
+
+    def test_bfloat16_does_not(self) -> None:
+        s = np.random.default_rng(0).normal(0, 1, (16, COLUMNS))
+        _, found, _, _ = check(BFLOAT16, s, np.full(16, 6.0, np.float32), np.full((16, 4), 2.0**20, np.float32))
+        np.testing.assert_array_equal(found, 6)
+
+    def test_float16_holds_the_weights_of_maxima_that_rise(self) -> None:
+        """Each tile's by 9 (13 in powers of two): no weight overflows, and the sums in the end are those of all."""
+        s = np.random.default_rng(0).normal(0, 1, (8, 16, COLUMNS))
+        s[:, 5, 17] = 13 / UNIT * np.arange(8)
+        m, l = np.zeros(16, np.float32), np.full((16, 4), 1.0, np.float32)
+        m[:], l[:] = s[0].max(1) * UNIT, 1e-3
+        for tile in s:
+            p, m, l, _ = weigh(FLOAT16, tile, m, l)
+            assert p.max() < 65504
+            assert np.isfinite(l).all()
+        assert l.sum(1).max() < 65504
+        expected = np.log2(np.exp2(s * np.float32(UNIT)).sum((0, 2)))
+        np.testing.assert_allclose(np.log2(l.sum(1)) + m, expected, atol=1e-3)
+
+    def test_a_weight_that_float16_may_not_hold_shows_in_the_sum_for_good(self) -> None:
+        s = np.random.default_rng(0).normal(0, 1, (16, COLUMNS))
+        s[5, 17] = 17 / UNIT
+        _, m, l, _ = weigh(FLOAT16, s, np.zeros(16, np.float32), np.ones((16, 4), np.float32))
+        assert 65504 < l[5].sum() < 2**18
+        for above in (30, 0):
+            s[5, 17] = above / UNIT
+            _, m, l, _ = weigh(FLOAT16, s, m, l)
+            assert not np.isfinite(l[5].max())
+        assert (np.delete(l, 5, 0) < 65504).all()
 
     @pytest.mark.parametrize("code", [BFLOAT16, FLOAT16], ids=["bfloat16", "float16"])
     def test_what_has_overflowed_shows_in_the_sum_for_good(self, code: str) -> None:

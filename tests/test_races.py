@@ -53,6 +53,10 @@ CASES = (
         deterministic=True,
     ),
     Case(
+        "relay-128", "", batch=1, q_len=260, k_len=1030, heads=136, kv_heads=17, dim=128, mask=Causal(),
+        deterministic=True,
+    ),
+    Case(
         "mirrored", "walks from either end", q_len=1000, k_len=1024, heads=24, kv_heads=12, dim=128, mask=Causal(),
         deterministic=True,
     ),

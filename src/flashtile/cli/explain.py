@@ -227,12 +227,13 @@ def _kernel(problem: Problem, kernel: Kernel, lo: torch.Tensor, hi: torch.Tensor
         heads *= problem.group
     counts = tiling.counts()
     steps = -(-problem.k_len // kernel.block_n) if kernel.by_keys else -(-problem.q_len // kernel.block_m)
+    items = heads * (steps + kernel.alone * (problem.group - 1))
     return {
         "name": kernel.name,
         "block_m": kernel.block_m,
         "block_n": kernel.block_n,
         "settings": kernel.settings,
-        "programs": min(heads * steps, kernel.programs or heads * steps),
+        "programs": min(items, kernel.programs or items),
         "tiles": counts,
         "picture": tiling.picture(),
         # A partial tile is computed whole.
@@ -289,8 +290,9 @@ def _kernel_traffic(problem: Problem, kernel: Kernel, head: traffic.Shape) -> in
         queries = sum(_rows(tiles, head.block_q, n) for tiles in traffic.query_tiles_seeing(head))
         passing = d + d_v + 2 + (2 * d if kernel.adds_dq else 0)
         held = (kv_heads if kernel.shares_keys else q_heads) * 2 * m * (d + d_v)
-        sums = (q_heads - kv_heads) * m * (d + d_v) if kernel.relays else 0  # that later heads read
-        return q_heads * queries * passing + held + sums
+        # The group's other heads read K, V and the sums before them, and write new ones.
+        again = (q_heads - kv_heads) * min(m, kernel.alone * kernel.block_n) * 3 * (d + d_v)
+        return q_heads * queries * passing + held + again
     keys = sum(_rows(tiles, head.block_k, m) for tiles in traffic.key_tiles_seen(head))
     own = n * (d + d_v + 1) if kernel.mode == "forward" else n * (2 * d + d_v + 2)
     return q_heads * own + (kv_heads if kernel.shares_keys else q_heads) * keys * (d + d_v)

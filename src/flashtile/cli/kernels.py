@@ -20,8 +20,9 @@ class Kernel:
     of keys and walks over queries, else the other way round. shares_keys: a program serves all query heads of a
     key-value head. adds_dq: dq is accumulated in slow memory. dense: the whole score matrix is stored. programs: at
     most so many, which then walk through the tiles; 0 is one for each tile. heads: the key-value heads, of all batches,
-    that it serves; None: all. relays: sums of dk and dv lie in slow memory until the group's next query head comes.
-    compiled_as: its name where Triton kernels are compiled.
+    that it serves; None: all. alone: so many of a head's tiles of keys are held for one query head at a time, and their
+    sums of dk and dv lie in slow memory until the group's next one comes. compiled_as: its name where Triton kernels
+    are compiled.
     """
 
     name: str
@@ -34,7 +35,7 @@ class Kernel:
     dense: bool = False
     programs: int = 0
     heads: int | None = None
-    relays: bool = False
+    alone: int = 0
     compiled_as: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
 
@@ -84,6 +85,7 @@ def _hopper(problem: Problem) -> list[Kernel]:
 
     def backward(one: backward_configs.Launch) -> Kernel:
         config = backward_configs.pick(problem, bias and backward_configs.room_for_bias(problem), one.makes)
+        tiles = -(-problem.k_len // config.block_n)
         relays = backward_configs.relays(problem) and one.makes != "values"
         return Kernel(
             names[one.name],
@@ -91,11 +93,11 @@ def _hopper(problem: Problem) -> list[Kernel]:
             config.block_m,
             config.block_n,
             by_keys=True,
-            shares_keys=not relays,
+            shares_keys=True,
             adds_dq=one.makes != "values",
             programs=configs.MULTIPROCESSORS,
             heads=one.heads,
-            relays=relays,
+            alone=backward_configs.alone(problem, tiles) if relays else 0,
             compiled_as=one.name,
             settings={key: value for key, value in asdict(config).items() if key != "block_m"},
         )

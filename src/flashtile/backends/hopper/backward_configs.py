@@ -80,6 +80,7 @@ VALUES_AND_ERRANDS = Config(64, 3, 2, 2, (136, 80, 24), panels=True)
 
 
 _LONG_WALK = 2048  # rows
+_LONGEST_TOGETHER = 4096
 _ERRAND_WALK = 1024
 # Beside so many the end of a second launch, at which some programs have nothing to do, counts little. Not measured.
 _ITEMS_OF_TWO = 8 * configs.MULTIPROCESSORS
@@ -106,12 +107,30 @@ def mirrors(problem: Problem) -> bool:
 def relays(problem: Problem) -> bool:
     """True where each query head of a group comes to the tiles of keys in a round of its own (backward_relay.py).
 
-    Causal, head dim 256, groups of 4, deterministic: 1024 967 us and 826, 8192 4933 and 3632; groups of 2, 2048, 1096
-    and 1198. In any order: groups of 4, 2048 1077 and 1104, 4096 1953 and 1834; of 8, 2048 1867 and 1122.
+    Causal, head dim 256, groups of 4, deterministic: 1024 967 us and 820, 8192 4933 and 3674; groups of 2, 2048, 1096
+    and 1198. In any order: groups of 4, 2048 1077 and 1104, 4096 1953 and 1815; of 8, 2048 1867 and 1100. At head dim
+    128: groups of 8, 512 804 and 1037, 1024 1185 and 1111, 4096 3166 and 2559, one key-value head for each 128 tiles
+    619 and 630; of 6, 4096 2151 and 2157. At 64: of 8, 4096 1637 and 1882.
     """
-    large = problem.group > 2 and max(problem.qk_dim, problem.v_dim) > 128
-    pays = problem.deterministic or problem.k_len > _LONG_WALK or problem.group >= 8
-    return _triangular(problem) and large and pays
+    dim = max(problem.qk_dim, problem.v_dim)
+    large = problem.group >= 8
+    if dim > 128:
+        pays = large or problem.deterministic or problem.k_len > _LONG_WALK
+    else:
+        tiles = -(-problem.k_len // 128)
+        some = problem.batch * problem.kv_heads * tiles > configs.MULTIPROCESSORS
+        pays = dim > 64 and large and problem.k_len >= 1024 and some
+    return _triangular(problem) and problem.group > 2 and pays
+
+
+def alone(problem: Problem, tiles: int) -> int:
+    """Of the tiles of a head's keys, so many first ones have rounds. The last ones, whose walks are short, are gone
+    through with all heads of a group at once: together they take no longer than the longest, and no sums wait.
+
+    Causal, head dim 256, groups of 4: deterministic 1024 828 us with rounds everywhere and 820, 4096 2080 and 2022, but
+    8192 3660 and 3980; in any order 4096 1834 and 1815, 8192 3315 and 3283.
+    """
+    return tiles if problem.deterministic and problem.k_len > _LONGEST_TOGETHER else tiles - tiles // problem.group
 
 
 def _triangular(problem: Problem) -> bool:

@@ -11,16 +11,18 @@ from flashtile.backends.hopper.words import Words
 from flashtile.gpu.sequences import place as place_in_section
 from flashtile.gpu.sequences import scratch_row
 
-RECORD = gl.constexpr(24)  # words for an item, the walks of at most three consumers, two bounds, a direction, a member
+# Words for an item, the walks of at most three consumers, two bounds, a direction, heads: a multiple of four, so that
+# neighbours are read at once.
+RECORD = gl.constexpr(28)
 LARGEST = gl.constexpr(6e4)  # what float16 surely holds, also of a sum that was rounded
 
 
 @aggregate
 class Place:
     """One tile of keys: its sequence, its key-value head and the query heads that share it. turn: which of a program's
-    items. member: which of its query heads it is gone through with where RELAYS, else with all. AROUND: its walk begins
-    with query tiles of its own, and comes to those before them at the end. mirrored, where MIRRORS says that there are
-    such: its walk goes from the last query tile to the first, and its first consumer has its last keys.
+    items. member, together: the first of its query heads that it is gone through with, and how many. AROUND: its walk
+    begins with query tiles of its own, and comes to those before them at the end. mirrored, where MIRRORS says that
+    there are such: its walk goes from the last query tile to the first, and its first consumer has its last keys.
     """
 
     turn: gl.tensor
@@ -30,6 +32,7 @@ class Place:
     heads: gl.tensor
     group: gl.tensor
     member: gl.tensor
+    together: gl.tensor
     first_key: gl.tensor
     q_start: gl.tensor
     q_len: gl.tensor
@@ -43,7 +46,6 @@ class Place:
     BLOCK_N: gl.constexpr
     AROUND: gl.constexpr
     MIRRORS: gl.constexpr
-    RELAYS: gl.constexpr
 
     @gluon.jit
     def query_tile(self, i, count):
@@ -90,17 +92,12 @@ class Place:
     @gluon.jit
     def head(self, g):
         """The g-th query head of the item."""
-        return self.kv_h * self.group + (self.member if self.RELAYS else g)
-
-    @gluon.jit
-    def number_of_heads(self):
-        """How many it has."""
-        return 1 if self.RELAYS else self.group
+        return self.kv_h * self.group + self.member + g
 
     @gluon.jit
     def is_last(self):
         """True where no other round of the group follows."""
-        return self.member == self.group - 1
+        return self.member + self.together == self.group
 
     @gluon.jit
     def block(self, g):
@@ -116,8 +113,9 @@ class Items:
     waits for one that cannot start. One role takes them, works out where they lie and which query tiles see them, and
     leaves that in shared memory, for a program's present item and its next: the others read a few words between two
     items, when all of them stand still, where they would each divide and look up the same. PRODUCTS: what
-    backward_prologue.products says. RELAYS: each query head of a group comes in a round of its own (backward_relay.py);
-    cohort: key-value heads that go through all rounds before others begin.
+    backward_prologue.products says. RELAYS: each query head of a group comes to the first `alone` of `tiles` tiles in a
+    round of its own (backward_relay.py), to the others in the first round; cohort: key-value heads that go through all
+    rounds before others begin.
     """
 
     counter: gl.tensor
@@ -130,6 +128,7 @@ class Items:
     padded: gl.tensor
     scratch: gl.tensor
     tiles: gl.tensor
+    alone: gl.tensor
     first_program: gl.tensor
     programs: gl.tensor
     cohort: gl.tensor
@@ -166,6 +165,7 @@ class Items:
             self.records.write(at + 22, place.mirrored.to(gl.int32), WARPS)
         if self.RELAYS:
             self.records.write(at + 23, place.member, WARPS)
+            self.records.write(at + 24, place.together, WARPS)
         for w in gl.static_range(self.GROUPS):
             for i in gl.static_range(4):
                 self.records.write(at + 8 + 4 * w + i, spans[w][i], WARPS)
@@ -203,8 +203,10 @@ class Items:
             q_start, q_len = self.records.read(at + 4), self.records.read(at + 5)
             k_start, k_len = self.records.read(at + 6), self.records.read(at + 7)
         mirrored = self.records.read(at + 22) > 0 if self.MIRRORS else gl.to_tensor(False)
-        member = self.records.read(at + 23) if self.RELAYS else gl.to_tensor(0)
-        return self._at(turn, tile, b, kv_h, member, q_start, q_len, k_start, k_len, scratch, mirrored)
+        member, together = gl.to_tensor(0), self.group
+        if self.RELAYS:
+            member, together = self.records.read(at + 23), self.records.read(at + 24)
+        return self._at(turn, tile, b, kv_h, member, together, q_start, q_len, k_start, k_len, scratch, mirrored)
 
     @gluon.jit
     def _bounds(self, place, spans, WARPS: gl.constexpr):
@@ -215,7 +217,7 @@ class Items:
         first, last = place.blocks(spans)
         douts = self.rows + 2 * self.scratch
         deltas = douts + self.scratch // self.BLOCK_M
-        for g in range(place.number_of_heads()):
+        for g in range(place.together):
             block = place.block(g)
             for i in range(first, last, 32):
                 exists = i + line < last
@@ -248,44 +250,55 @@ class Items:
         """The Place of an item: the key-value heads of a section side by side, their first tiles first (REVERSED: last,
         but in every other section where MIRRORS).
         """
-        last = self.tiles * (self.group if self.RELAYS else 1) * self.programs - 1
-        tile, bh, member = self._in_order(gl.minimum(item, last))
+        last = self._items_of_a_head() * self.programs - 1
+        tile, tiles, bh, member = self._in_order(gl.minimum(item, last))
         mirrored = bh // self.section % 2 > 0 if self.MIRRORS else gl.to_tensor(False)
         if self.REVERSED:
-            tile = gl.where(mirrored, tile, self.tiles - 1 - tile)
+            tile = gl.where(mirrored, tile, tiles - 1 - tile)
+        together = gl.where(tile < self.alone, 1, self.group) if self.RELAYS else self.group
         bh += self.first_program
         kv_heads = self.heads // self.group
         b = bh // kv_heads
         kv_h = bh % kv_heads
         q_start, q_len, k_start, k_len = self.lengths.of(b, False)
-        first_head = kv_h * self.group
-        if self.RELAYS:
-            first_head += member
+        first_head = kv_h * self.group + member
         scratch = scratch_row(b, first_head, self.heads, q_start, self.padded, self.lengths.VARLEN)
         tile = gl.where(item > last, -1, tile)
-        return self._at(turn, tile, b, kv_h, member, q_start, q_len, k_start, k_len, scratch, mirrored)
+        return self._at(turn, tile, b, kv_h, member, together, q_start, q_len, k_start, k_len, scratch, mirrored)
 
     @gluon.jit
     def _in_order(self, item):
-        """(Tile, key-value head of all batches, member of its group) of an item: where items relay, a cohort goes
-        through a round section by section, and then through the next.
+        """(Tile, tiles of its round, key-value head of all batches, first member of its group) of an item: where items
+        relay, a cohort goes through a round section by section, and then through the next.
         """
         if self.RELAYS:
-            size = self.tiles * self.group * self.cohort
+            size = self._items_of_a_head() * self.cohort
             first = item // size * self.cohort
             heads = gl.minimum(self.cohort, self.programs - first)
+            # The first round goes through all tiles, each other one through those that have rounds.
             within = item % size
-            tile, bh = place_in_section(within % (self.tiles * heads), self.tiles, heads, self.section)
-            return tile, first + bh, within // (self.tiles * heads)
+            later = within - self.tiles * heads
+            in_first = later < 0
+            tiles = gl.where(in_first, self.tiles, self.alone)
+            member = gl.where(in_first, 0, 1 + later // (self.alone * heads))
+            tile, bh = place_in_section(
+                gl.where(in_first, within, later % (self.alone * heads)), tiles, heads, self.section
+            )
+            return tile, tiles, first + bh, member
         else:
             tile, bh = place_in_section(item, self.tiles, self.programs, self.section)
-            return tile, bh, gl.to_tensor(0)
+            return tile, self.tiles, bh, gl.to_tensor(0)
 
     @gluon.jit
-    def _at(self, turn, tile, b, kv_h, member, q_start, q_len, k_start, k_len, scratch, mirrored):
+    def _items_of_a_head(self):
+        """Items of a key-value head."""
+        return self.tiles + (self.group - 1) * self.alone if self.RELAYS else self.tiles
+
+    @gluon.jit
+    def _at(self, turn, tile, b, kv_h, member, together, q_start, q_len, k_start, k_len, scratch, mirrored):
         first_key = gl.maximum(tile, 0) * (self.GROUPS * KEYS)  # walks are worked out for no item, too
         return Place(
-            turn, tile, b, kv_h, self.heads, self.group, member, first_key, q_start, q_len, k_start, k_len, scratch,
-            self.padded, mirrored, self.lengths.VARLEN, self.BLOCK_M, self.GROUPS * KEYS, self.AROUND, self.MIRRORS,
-            self.RELAYS,
+            turn, tile, b, kv_h, self.heads, self.group, member, together, first_key, q_start, q_len, k_start, k_len,
+            scratch, self.padded, mirrored, self.lengths.VARLEN, self.BLOCK_M, self.GROUPS * KEYS, self.AROUND,
+            self.MIRRORS,
         )  # fmt: skip

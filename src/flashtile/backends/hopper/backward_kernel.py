@@ -33,12 +33,12 @@ from flashtile.backends.hopper.descriptors import store_rows, swizzled
 from flashtile.backends.hopper.dialect import barrier
 from flashtile.backends.hopper.lengths import Lengths
 from flashtile.backends.hopper.rings import Ring, barriers
-from flashtile.backends.hopper.tiles import accumulator
 from flashtile.backends.hopper.words import words
 from flashtile.gpu.arguments import RUNTIME
 
-RUNTIME = [*RUNTIME, "stride_bb", "stride_bh", "stride_bm", "stride_gb", "stride_gh", "first_program", "cohort"]
-RUNTIME += [f"stride_{tensor}{axis}" for tensor in "oyx" for axis in "bmh"] + ["padded_k"]
+RUNTIME = [*RUNTIME, "stride_bb", "stride_bh", "stride_bm", "stride_gb", "stride_gh"]
+RUNTIME += [f"stride_{tensor}{axis}" for tensor in "oyx" for axis in "bmh"]
+RUNTIME += ["first_program", "cohort", "alone", "padded_k"]
 
 
 @gluon.jit
@@ -53,19 +53,27 @@ def _consume(dk_desc, dv_desc, pipes, items, mask, scoring, dbias, relay, WG: gl
         elif pipes.MAKES == "values":
             n = value_gradients(dv_desc, n, turn, place, spans, pipes, mask, scoring, WG)
         else:
-            dk, dv, n = _gradients(n, turn, items, place, spans, pipes, mask, scoring, dbias, WG)
-            _store_gradients(dk_desc, dv_desc, dk, dv, turn, items.place(turn), pipes, scoring, WG)
+            dk, dv, n = _gradients(n, turn, items, place, spans, pipes, mask, scoring, dbias, relay, WG)
+            place = items.place(turn)
+            if relay.RELAYS:
+                if place.is_last():
+                    _store_gradients(dk_desc, dv_desc, dk, dv, turn, place, pipes, scoring, WG)
+                else:
+                    _leave_gradients(dk, dv, turn, place, pipes, relay, WG)
+            else:
+                _store_gradients(dk_desc, dv_desc, dk, dv, turn, place, pipes, scoring, WG)
         turn += 1
         place, spans = items.wait(turn)
     tma.store_wait(0)
 
 
 @gluon.jit
-def _gradients(n, turn, items, place, spans, pipes, mask, scoring, dbias, WG: gl.constexpr):
+def _gradients(n, turn, items, place, spans, pipes, mask, scoring, dbias, relay, WG: gl.constexpr):
     """dK and dV of 64 keys of one item, from step n on, and the step after it."""
     first, last = whole(spans)
-    dk = gl.zeros([KEYS, pipes.D], gl.float32, accumulator(pipes.D))
-    dv = gl.zeros([KEYS, pipes.DV], gl.float32, accumulator(pipes.DV))
+    relay.await_turn(place, WG, 0)
+    dk = relay.begin(place, WG, 0, pipes.D)
+    dv = relay.begin(place, WG, pipes.D, pipes.DV)
     pipes.keys.await_full(pipes.of_keys(turn))
     if items.PRODUCTS == "bounded" or not pipes.ROTATES:
         pipes.values.await_full(pipes.of_values(turn))
@@ -73,7 +81,7 @@ def _gradients(n, turn, items, place, spans, pipes, mask, scoring, dbias, WG: gl
     barrier()
     NARROW: gl.constexpr = items.PRODUCTS == "narrow"
     narrow = items.narrow(turn, pipes.value_tile(turn, WG))
-    for g in range(place.group if pipes.GROUPED else 1):
+    for g in range(place.together if pipes.GROUPED else 1):
         keys = keys_of(place, mask, scoring, g, WG)
         if items.PRODUCTS == "bounded":
             if narrow:
@@ -85,6 +93,17 @@ def _gradients(n, turn, items, place, spans, pipes, mask, scoring, dbias, WG: gl
     if pipes.ROTATES:  # also where there was no step: what is released must have been full
         pipes.values.await_full(pipes.of_values(turn))
     return dk, dv, n
+
+
+@gluon.jit
+def _leave_gradients(dk, dv, turn, place, pipes, relay, WG: gl.constexpr):
+    """Frees the slots of the tile, and leaves dK and dV in memory for the next round."""
+    pipes.await_done(turn)
+    pipes.keys.release(pipes.of_keys(turn))
+    pipes.values.release(pipes.of_values(turn))
+    relay.leave(place, WG, dk, 0)
+    relay.leave(place, WG, dv, pipes.D)
+    relay.pass_on(place, WG, 0)
 
 
 @gluon.jit
@@ -175,8 +194,8 @@ def backward_kernel(
     dbias, counters, rows, out, dout, accumulated, dq, sums, bias, slopes, sinks, cu_q, cu_k, lo, hi, rng, mailbox,
     stride_bb, stride_bh, stride_bm, stride_gb, stride_gh, stride_ob, stride_om, stride_oh, stride_yb, stride_ym,
     stride_yh, stride_xb, stride_xm, stride_xh, stride_sb, stride_tb, batch, heads, group, max_q, max_k, total_q,
-    total_k, padded, padded_k, scratch, tiles, first_program, programs, cohort, section, left, right, scale, softcap,
-    threshold, keep_scale, BLOCK_M: gl.constexpr, GROUPS: gl.constexpr, DIM: gl.constexpr, DIM_V: gl.constexpr,
+    total_k, padded, padded_k, scratch, tiles, alone, first_program, programs, cohort, section, left, right, scale,
+    softcap, threshold, keep_scale, BLOCK_M: gl.constexpr, GROUPS: gl.constexpr, DIM: gl.constexpr, DIM_V: gl.constexpr,
     STAGES: gl.constexpr, SLOTS: gl.constexpr,
     CONSUME_REGISTERS: gl.constexpr, LOAD_REGISTERS: gl.constexpr, GROUPED: gl.constexpr, VARLEN: gl.constexpr,
     KIND: gl.constexpr, LEFT: gl.constexpr, RAGGED: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr,
@@ -194,8 +213,8 @@ def backward_kernel(
     lengths = Lengths(cu_q, cu_k, mailbox, max_q, max_k, total_q, total_k, VARLEN)
     items = Items(
         counters + COUNTER, words(2 * RECORD), barriers(2, 1), lengths, rows, heads, group, padded, scratch, tiles,
-        first_program, programs, cohort if RELAYS else section, section, TURN > 0, BLOCK_M, GROUPS, PRODUCTS, AROUND,
-        MIRRORS, RELAYS,
+        alone, first_program, programs, cohort if RELAYS else section, section, TURN > 0, BLOCK_M, GROUPS, PRODUCTS,
+        AROUND, MIRRORS, RELAYS,
     )  # fmt: skip
     mask = Mask(first_rows, end_rows, stride_tb, left, right, KIND, LEFT, LEFT or MIRRORS, RAGGED)
     scoring = Scoring(

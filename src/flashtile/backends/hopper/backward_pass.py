@@ -174,6 +174,7 @@ def prepare(
     biases, _ = arguments.bias_strides(problem, {"b": call.bias})
     consume, _, load = config.registers
     relays = one.makes != "values" and backward_configs.relays(problem)
+    alone = backward_configs.alone(problem, tiles)
     stride_gb, stride_gh = _bias_gradient_strides(problem, kind)
     values: dict[str, Any] = {
         **arguments.scalars(problem, call),
@@ -188,6 +189,7 @@ def prepare(
         "first_program": one.first_head,
         "padded_k": arguments.padded_keys(problem),
         "cohort": _cohort(tiles),
+        "alone": alone,
         "RELAYS": relays,
         "programs": one.heads,
         "section": _section(problem, tiles, one.makes),
@@ -199,7 +201,7 @@ def prepare(
         "SLOTS": config.slots,
         "CONSUME_REGISTERS": consume,
         "LOAD_REGISTERS": load,
-        "GROUPED": problem.group > 1 and not relays,
+        "GROUPED": problem.group > 1,
         "RAGGED": problem.varlen or problem.k_len % config.block_n > 0,
         "ORDERED": problem.window_right is not None and problem.window_right <= 0,
         "TURN": 0 if one.makes == "values" else backward_configs.turn(problem),  # dV is made in any order
@@ -216,7 +218,8 @@ def prepare(
         "stride_tb": stride_tb,
     }
     options = {"num_warps": 4, "enable_fp_fusion": True}
-    at_once = min(tiles * one.heads * (problem.group if relays else 1), launch.multiprocessors(boxed[0].device))
+    items = one.heads * (tiles + (alone * (problem.group - 1) if relays else 0))
+    at_once = min(items, launch.multiprocessors(boxed[0].device))
     return launch.Plan(at_once, values, options, partial(_describe, problem, config, tiles_in, tiles_out))
 
 
@@ -260,7 +263,7 @@ def _section_in_order(problem: Problem, tiles: int, fitting: int, unmasked: bool
         return 1 if tiles >= configs.MULTIPROCESSORS else 1 + -(-configs.MULTIPROCESSORS // tiles)
     if backward_configs.relays(problem):
         # Tiles of 64 keys meet more often.
-        return 1 if backward_configs.pick(problem).panels else max(2, _cohort(tiles) // 2)
+        return 1 if backward_configs.pick(problem).groups > 1 else max(2, _cohort(tiles) // 2)
     if backward_configs.mirrors(problem):
         return max(1, round(configs.MULTIPROCESSORS / tiles))  # a tile for each program
     if backward_configs.pick(problem).groups == 1:

@@ -40,7 +40,7 @@ class Reduction:
         first, last = whole(spans)
         origin = n
         owed = gl.to_tensor(-1)
-        for g in range(place.group if self.pipes.GROUPED else 1):
+        for g in range(place.together if self.pipes.GROUPED else 1):
             block = place.block(g) + place.query_tile(first, last)
             known = place.tile, owed, passed, 0 if self.turns.STEPS > 0 else self.turns.look(block)
             begin = first

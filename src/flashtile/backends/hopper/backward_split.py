@@ -118,7 +118,7 @@ def key_gradients(dk_desc, n, turn, items, place, spans, pipes, mask, scoring, r
     pipes.values.await_full(turn)
     NARROW: gl.constexpr = items.PRODUCTS == "narrow"
     narrow = items.narrow(turn, pipes.value_tile(turn, WG))
-    for g in range(place.group if pipes.GROUPED else 1):
+    for g in range(place.together if pipes.GROUPED else 1):
         keys = keys_of(place, mask, scoring, g, WG)
         if items.PRODUCTS == "bounded":
             if narrow:
@@ -165,7 +165,7 @@ def value_gradients(dv_desc, n, turn, place, spans, pipes, mask, scoring, WG: gl
     """dV of the same keys, through memory that no values come to."""
     dv = gl.zeros([KEYS, pipes.DV], gl.float32, accumulator(pipes.DV))
     pipes.keys.await_full(turn)
-    for g in range(place.group if pipes.GROUPED else 1):
+    for g in range(place.together if pipes.GROUPED else 1):
         keys = keys_of(place, mask, scoring, g, WG)
         dv, n = _walk(dv, n, spans, pipes, keys, mask, scoring, WG, True)
     pipes.keys.release(turn)

@@ -135,7 +135,7 @@ class BiasGradient:
         barrier()
         b = axis(place.b, self.stride_b)
         tiles = gl.cdiv(place.q_len, place.BLOCK_M)
-        for g in range(place.group if pipes.GROUPED else 1):
+        for g in range(place.together if pipes.GROUPED else 1):
             h = axis(place.head(g), self.stride_h)
             for w in gl.static_range(pipes.GROUPS):
                 start, _, _, stop = spans[w]

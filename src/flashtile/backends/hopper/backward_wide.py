@@ -131,7 +131,7 @@ def _value_gradients(dv_desc, n, turn, place, span, pipes, weights, mask, scorin
     left, right = _halves(relay, place, pipes.D, pipes.DIM_V, pipes.DV)
     start, full, partial, stop = span
     pipes.keys.await_full(turn)
-    for g in range(place.group if pipes.GROUPED else 1):
+    for g in range(place.together if pipes.GROUPED else 1):
         keys = keys_of(place, mask, scoring, g, 0)
         if mask.KIND != "none" or mask.RAGGED:
             for i in range(start, full):
@@ -171,7 +171,7 @@ def _key_gradients(dk_desc, n, turn, items, place, span, pipes, weights, mask, s
     pipes.values.await_full(turn)
     NARROW: gl.constexpr = items.PRODUCTS == "narrow"
     narrow = items.narrow(turn, pipes.value_tile(turn, 0))
-    for g in range(place.group if pipes.GROUPED else 1):
+    for g in range(place.together if pipes.GROUPED else 1):
         keys = keys_of(place, mask, scoring, g, 0)
         if items.PRODUCTS == "bounded":
             if narrow:

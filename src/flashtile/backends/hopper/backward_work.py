@@ -104,7 +104,7 @@ def whole(spans):
 def steps_of(place, spans):
     """How many steps an item has, over all query heads of its group."""
     first, last = whole(spans)
-    return (last - first) * place.number_of_heads()
+    return (last - first) * place.together
 
 
 @aggregate

@@ -6,8 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
-
 from flashtile.problem import Problem
 
 
@@ -68,12 +66,6 @@ def _few_rounds(problem: Problem) -> bool:
     return unmasked(problem) and not problem.varlen and four <= 4 and 0.57 * _rounds(problem, 2) < 0.97 * four
 
 
-def _in_place(problem: Problem) -> bool:
-    """float16 must watch each tile's sum, which only long calls without a mask make up for."""
-    long = unmasked(problem) and problem.k_len >= 4096
-    return _dense_without_left(problem) and (problem.dtype == torch.bfloat16 or long)
-
-
 def _narrow_values(problem: Problem) -> bool:
     return 128 < problem.qk_dim <= 192 and 64 < problem.v_dim <= 128 and _dense_without_left(problem)
 
@@ -123,8 +115,7 @@ FORWARD = (
     # 2 x 10 heads of 4096, full: 463, four groups 442
     Row(64, 0, Config(2, 128, 3, _TWO, query_stages=2, pieces=0), _few_rounds),
     # 1.01 to 1.12 times as fast as with kept scores; three groups and 128 keys in place: 560, this 574
-    Row(64, 0, Config(4, 64, 4, _FOUR, query_stages=2, strips=True, pieces=0), _in_place),
-    Row(64, 0, Config(4, 64, 4, _FOUR, query_stages=2, strips=True, pieces=2), _dense_without_left),
+    Row(64, 0, Config(4, 64, 4, _FOUR, query_stages=2, strips=True, pieces=0), _dense_without_left),
     # window of 1024: 312 us, four groups 340; dropout 302 and 243; softcap 369 and 374, which spills
     Row(64, 1, Config(3, 64, 4, _THREE, query_stages=2, strips=True)),
     Row(64, 9, Config(3, 64, 3, _THREE, query_stages=2, strips=True)),  # tiles of a bias need room

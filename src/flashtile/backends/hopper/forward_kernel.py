@@ -435,8 +435,8 @@ def forward_kernel(
     if BIAS_TILES:
         biases = gl.allocate_shared_memory(dtype, [STAGES * GROUPS, 64, BLOCK_N], swizzled(2, BLOCK_N))
     pipes = Pipes(
-        queries, places(QUERY_STAGES, GROUPS), keys, values, biases, outputs, GROUPS, BLOCK_N, DIM, DV, SHARED, PIECES,
-        STRIPS, BIAS_TILES, PANELS,
+        queries, places(QUERY_STAGES, GROUPS, dtype), keys, values, biases, outputs, GROUPS, BLOCK_N, DIM, DV, SHARED,
+        PIECES, STRIPS, BIAS_TILES, PANELS,
     )  # fmt: skip
     fence_async_shared()
     barrier()

@@ -7,10 +7,11 @@ rescaling. What a score far above that number asks for is settled in one of two 
 `weigh` keeps the scores. Where the sum of a thread's weights shows that one is far above, or that the number is -inf or
 a score NaN, its warp looks for the maximum, goes on from that, and weighs again.
 
-`weigh_in_place` lets weights take the scores' registers. Weights may become as large as their dtype allows: bfloat16
-has the range of float32, and in float16 a warp divides a row by a power of two. What grows beyond that, by a score 44
-above the first tile's maximum (in float16 88 above the tile before), shows in the row's sum at the end of the item
-(`overflowed`), which is then done again with a search for the maximum before each tile.
+`weigh_in_place` lets weights take the scores' registers. Weights may become as large as their dtype allows. bfloat16
+has the range of float32; in float16 a warp with a large sum divides its rows by a power of two before the next tile.
+What grows beyond that shows in the row's sum at the end of the item (`overflowed`), which is then done again with a
+search for the maximum before each tile: in bfloat16 where a score is 44 above the first tile's maximum, in float16
+where one is 11 above that of the tiles before, or less, at worst 3, where their sum was nearly large.
 
 What a branch of one warp cannot say in Gluon is said in PTX.
 
@@ -84,14 +85,13 @@ def shrink(o, by):
     return gl.inline_asm_elementwise(CODE, OPERANDS, [o, _spread(by, N)], gl.float32, is_pure=False, pack=N // 2)
 
 
-# Of a row's sum. Its weights are multiplied by values, up to 2^63 within float32.
-_MOST = gl.constexpr(2.0**64)
-
-
 @gluon.jit
-def overflowed(total):
-    """1 where weights of a row, whose sum is total, may have overflowed or are NaN, else 0."""
-    return gl.where(total < _MOST, 0, 1)
+def overflowed(total, DTYPE: gl.constexpr):
+    """1 where weights of a row, whose sum is total, may have overflowed DTYPE or are NaN, else 0. In bfloat16 they are
+    multiplied by values, up to 2^63 within float32.
+    """
+    MOST: gl.constexpr = 65504.0 if gl.float16 == DTYPE else 2.0**64
+    return gl.where(total < MOST, 0, 1)
 
 
 @gluon.jit

@@ -5,8 +5,12 @@ A line is an instruction; `tests/test_online_softmax.py` runs them for one warp 
 
 from triton.experimental import gluon
 
-# No thread keeps weights of a row whose sum is larger: each is far from overflow in float16.
+# No thread that keeps scores keeps weights of a row whose sum is larger: each is far from overflow in float16.
 _LIMIT = "0f44800000"  # 1024
+# In place, of all weights so far. Thousands of keys add up to less, and what the next tile may rise by remains.
+_LIMIT_OF_ALL = "0f45000000"  # 2048
+_LARGEST = "0f477FE000"  # of float16, 65504: a larger sum may have had a weight that is infinite there
+_INFINITY = "0f7F800000"
 _MINUS_INFINITY = "0fFF800000"
 _LOWEST = "0fFF7FFFFF"
 
@@ -57,6 +61,10 @@ class _Code:
         """x: the largest of a row, of whose values each of four threads has some."""
         self.add(f"mov.f32 x, ${values[0]};")
         self.add(*[f"max.f32 x, x, ${value};" for value in values[1:]])
+        self.largest_of_threads()
+
+    def largest_of_threads(self):
+        """x: the largest that one of the four threads of a row has there."""
         for lane in (1, 2):
             self.add(f"shfl.sync.bfly.b32 t, x, {lane}, 0x1f, 0xffffffff;", "max.f32 x, x, t;")
 
@@ -85,16 +93,22 @@ class _Code:
         self.largest([self.s + i for i in elements if _row(i) == r])
         self.add(f"mul.f32 x, x, ${self.unit};", f"max.f32 x, x, m{r};")
 
-    def divide(self):
-        """Both rows by the power of two in their largest weight."""
+    def mark_overflow(self):
+        """l of what may not have fitted float16 is infinite for good."""
         for r in (0, 1):
-            self.largest([self.p + i for i in range(self.count) if _row(i) == r])
+            self.add(f"setp.gt.f32 none, l{r}, {_LARGEST};", f"selp.f32 l{r}, {_INFINITY}, l{r}, none;")
+
+    def divide(self):
+        """Both rows by the power of two in the largest sum of a thread."""
+        for r in (0, 1):
+            self.add(f"mov.f32 x, l{r};")
+            self.largest_of_threads()
             self.add("mov.b32 e, x;", "shr.u32 e, e, 23;")
-            self.add("max.u32 e, e, 127;")  # 1 and more, for a row that has no such weight
+            self.add("max.u32 e, e, 127;")  # 1 and more, for a row that has seen little
             self.add("min.u32 e, e, 252;")  # of infinity, too: the factor must not be 0, which would hide it
             self.add("sub.u32 e, e, 127;", "cvt.rn.f32.u32 x, e;")
             self.add(f"add.f32 x, m{r}, x;", f"sub.f32 t, m{r}, x;")
-            self.move(r, range(self.count))
+            self.move(r, [])
 
     def add_sums(self):
         self.add("add.f32 l0, l0, sum0;", "add.f32 l1, l1, sum2;")
@@ -129,24 +143,25 @@ def keeping(COUNT, PIECES):
 
 
 @gluon.constexpr_function
-def in_place(COUNT, DIVIDES):
-    """Weighs at once, after a look for the maxima where $SEARCH is not 0 or a row has seen nothing yet; a warp that
-    DIVIDES and finds a large sum divides its rows.
+def in_place(COUNT, NARROW):
+    """Weighs at once, after a look for the maxima where $SEARCH is not 0 or a row has seen nothing yet; NARROW, for
+    float16: or a sum is large, and the warp divides its rows.
     """
     code = _Code(COUNT)
     code.add(f"setp.ne.u32 some, ${code.search}, 0;")
     code.add(*[f"setp.le.or.f32 some, m{r}, {_LOWEST}, some;" for r in (0, 1)])
+    if NARROW:
+        code.add(*[f"setp.gt.or.f32 some, l{r}, {_LIMIT_OF_ALL}, some;" for r in (0, 1)])
     code.go_unless_any("WEIGH")
+    if NARROW:
+        code.mark_overflow()
     code.look_for_finite_maxima()
+    if NARROW:
+        code.divide()
     code.add("WEIGH:")
     code.base_is_maximum()
     code.weigh(range(COUNT))
     code.add_sums()
-    if DIVIDES:
-        code.sums_are_large()
-        code.go_unless_any("NEAR")
-        code.divide()
-        code.add("NEAR:")
     return code.finish()
 
 

@@ -198,6 +198,7 @@ class Places:
     totals: gl.shared_memory_descriptor
     STAGES: gl.constexpr
     GROUPS: gl.constexpr
+    DTYPE: gl.constexpr
 
     @gluon.jit
     def write(self, work, tile, b, h, search):
@@ -228,7 +229,7 @@ class Places:
         bad = gl.full([64], 0, gl.int32, WARP)
         for w in gl.static_range(self.GROUPS):
             total = self.totals.index(work % self.STAGES * self.GROUPS + w).load(WARP)
-            bad = gl.maximum(bad, overflowed(total))
+            bad = gl.maximum(bad, overflowed(total, self.DTYPE))
         some = (work >= self.STAGES) & (self.words.read(at) == 0) & (gl.max(bad, 0) != 0)
         if some:
             barrier()
@@ -238,10 +239,10 @@ class Places:
 
 
 @gluon.jit
-def places(STAGES: gl.constexpr, GROUPS: gl.constexpr):
-    """Memory for STAGES of them, of GROUPS consumers."""
+def places(STAGES: gl.constexpr, GROUPS: gl.constexpr, DTYPE: gl.constexpr):
+    """Memory for STAGES of them, of GROUPS consumers whose weights are of DTYPE."""
     totals = gl.allocate_shared_memory(gl.float32, [STAGES * GROUPS, 64], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    return Places(words(4 * STAGES), totals, STAGES, GROUPS)
+    return Places(words(4 * STAGES), totals, STAGES, GROUPS, DTYPE)
 
 
 @aggregate

@@ -11,9 +11,9 @@ from flashtile.backends.hopper.words import Words
 from flashtile.gpu.sequences import place as place_in_section
 from flashtile.gpu.sequences import scratch_row
 
-# Words for an item, the walks of at most three consumers, two bounds, a direction, heads: a multiple of four, so that
-# neighbours are read at once.
-RECORD = gl.constexpr(28)
+# Words for an item, the walks of at most three consumers, two bounds, a direction, heads: an even number, so that two
+# neighbours are read at once. Shared memory has no room for more (head dim 64, bias, in a fixed order).
+RECORD = gl.constexpr(26)
 LARGEST = gl.constexpr(6e4)  # what float16 surely holds, also of a sum that was rounded
 
 

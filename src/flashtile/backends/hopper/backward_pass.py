@@ -173,8 +173,7 @@ def prepare(
     tiles = max(1, triton.cdiv(problem.k_len, config.block_n))
     biases, _ = arguments.bias_strides(problem, {"b": call.bias})
     consume, _, load = config.registers
-    relays = one.makes != "values" and backward_configs.relays(problem)
-    alone = backward_configs.alone(problem, tiles)
+    rounds = _rounds(problem, one, tiles)
     stride_gb, stride_gh = _bias_gradient_strides(problem, kind)
     values: dict[str, Any] = {
         **arguments.scalars(problem, call),
@@ -188,9 +187,7 @@ def prepare(
         "COUNTER": [each.name for each in backward_configs.launches(problem)].index(one.name),
         "first_program": one.first_head,
         "padded_k": arguments.padded_keys(problem),
-        "cohort": _cohort(tiles),
-        "alone": alone,
-        "RELAYS": relays,
+        **rounds,
         "programs": one.heads,
         "section": _section(problem, tiles, one.makes),
         "BLOCK_M": config.block_m,
@@ -218,7 +215,7 @@ def prepare(
         "stride_tb": stride_tb,
     }
     options = {"num_warps": 4, "enable_fp_fusion": True}
-    items = one.heads * (tiles + (alone * (problem.group - 1) if relays else 0))
+    items = one.heads * (tiles + (rounds["alone"] * (problem.group - 1) if rounds["RELAYS"] else 0))
     at_once = min(items, launch.multiprocessors(boxed[0].device))
     return launch.Plan(at_once, values, options, partial(_describe, problem, config, tiles_in, tiles_out))
 
@@ -235,6 +232,12 @@ def _errands(problem: Problem, one: backward_configs.Launch, tensors: dict[str, 
         **strides,
         "ALIGN": align,
     }
+
+
+def _rounds(problem: Problem, one: backward_configs.Launch, tiles: int) -> dict[str, int | bool]:
+    """Whether heads come in rounds, how many of a head's tiles take part, and how many key-value heads at once."""
+    relays = one.makes != "values" and backward_configs.relays(problem)
+    return {"RELAYS": relays, "alone": backward_configs.alone(problem, tiles), "cohort": _cohort(tiles)}
 
 
 def _cohort(tiles: int) -> int:

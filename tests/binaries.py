@@ -78,6 +78,7 @@ def hopper_problems(few: bool) -> Iterator[Problem]:
     for kv_heads in (4, 16):
         yield replace(causal, qk_dim=256, v_dim=256, deterministic=True, kv_heads=kv_heads)
     yield replace(latent, kv_heads=4)
+    yield replace(causal, kv_heads=2)
     yield replace(causal, qk_dim=64, v_dim=64, deterministic=True, **bias)
     for dim in (64, 128):
         yield replace(plain, qk_dim=dim, v_dim=dim, dtype=torch.float16)

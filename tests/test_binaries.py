@@ -85,9 +85,6 @@ HOPPER_SPILLS_IN_STEPS = {("forward", "3.9.0"): 70, ("backward", "3.9.0"): 150, 
 # Of three registers, in the masked steps of a window where the first tile stores dQ.
 HOPPER_WINDOW_SPILLS_IN_STEPS = 24
 
-# Of the one register that three of the four consumers are short of in float16 without a mask at head dim 64.
-HOPPER_FLOAT16_SPILLS_IN_STEPS = 6
-
 
 def known_hopper_spills(kernel: str, problem: str, version: str | None) -> int:
     if kernel == "prologue":
@@ -102,8 +99,6 @@ def known_hopper_spills(kernel: str, problem: str, version: str | None) -> int:
 def known_hopper_spills_in_steps(kernel: str, problem: str, version: str | None) -> float:
     if kernel.startswith("backward") and re.search("dropout|softcap|bias", problem):
         return math.inf
-    if kernel == "forward" and re.search(r"h16/4 d64 float16 cuda$", problem):
-        return HOPPER_FLOAT16_SPILLS_IN_STEPS
     if kernel == "backward" and "window" in problem and version != "3.9.0":
         return HOPPER_WINDOW_SPILLS_IN_STEPS
     known, mode = HOPPER_SPILLS_IN_STEPS, "backward" if kernel == "backward_keys" else kernel

@@ -39,7 +39,7 @@ NARROW: dict[str, Any] = {"qk_dim": 128, "v_dim": 128, "batch": 9, "kv_heads": 2
         ({"deterministic": False}, False),
         ({"deterministic": False, "k_len": 2049}, True),
         ({"deterministic": False, "kv_heads": 2}, True),
-        ({**NARROW}, True),
+        (NARROW, True),
         ({**NARROW, "deterministic": False}, True),
         ({**NARROW, "qk_dim": 80, "v_dim": 80}, True),
         ({**NARROW, "qk_dim": 64, "v_dim": 64}, False),
@@ -110,6 +110,53 @@ _NARROW_UNSEEN = replace(
     _UNSEEN, id="relay-unseen-128", k_lens=(700, 900, 9, 64, 1030, 700, 65, 9), heads=24, kv_heads=3, dim=128
 )
 
+ROUNDS = (
+    _RELAY,
+    _LATENT,
+    replace(_RELAY, id="relay-odd", why="head dims that are no tiles'", dim=144, v_dim=200, k_len=333),
+    replace(_RELAY, id="relay-uneven", why="keys of a tile", dim=64, v_dim=256, heads=6, dlse=True),
+    replace(_RELAY, id="relay-blind", why="rows that see nothing", q_len=900, k_len=256, softcap=5.0),
+    replace(_RELAY, id="relay-few", why="rows for the last keys only", q_len=70, k_len=1024, sinks=True),
+    replace(_RELAY, id="relay-ahead", why="keys after a row's own", mask=Window(None, 100), alibi="heads"),
+    replace(_RELAY, id="relay-behind", why="keys that nobody sees", mask=Window(None, -150), dropout_p=0.2),
+    replace(_RELAY, id="relay-bias", why="a gradient of each head", bias="additive", bias_axes="1hqk"),
+    replace(_RELAY, id="relay-any-order", why="eight heads", heads=16, deterministic=False),
+    replace(_LATENT, id="relay-latent-any", why="eight heads", heads=16, k_len=700, deterministic=False),
+    replace(_RELAY, id="relay-long", why="zeros for dQ", q_len=2200, k_len=2200, deterministic=False),
+    Case(
+        "relay-varlen", "sequences of any number of tiles, also none", q_lens=(300, 0, 700, 20),
+        k_lens=(700, 90, 400, 200), heads=6, kv_heads=2, dim=256, mask=Causal(), deterministic=True,
+    ),
+    _UNSEEN,
+    _NARROW,
+    replace(_NARROW, id="relay-96", why="in any order", dim=96, v_dim=72, deterministic=False, dlse=True),
+    replace(_NARROW, id="relay-128-all", why="features", softcap=5.0, alibi="heads", sinks=True, dropout_p=0.2),
+    replace(_NARROW, id="relay-128-bias", why="a gradient of each", bias="additive", bias_axes="1hqk"),
+    _NARROW_UNSEEN,
+)  # fmt: skip
+
+
+def problem_of(case: Case) -> Problem:
+    """What of a call decides whether its heads come in rounds."""
+    assert case.mask is not None
+    distances = case.mask.distances()
+    assert distances is not None
+    heads = {"q_heads": case.heads, "kv_heads": case.kv_heads or case.heads}
+    dims = {"qk_dim": case.dim, "v_dim": case.v_dim or case.dim}
+    lengths: dict[str, Any] = {"batch": case.batch, "q_len": case.q_len, "k_len": case.k_len}
+    if case.q_lens is not None and case.k_lens is not None:
+        lengths = {"batch": len(case.q_lens), "q_len": max(case.q_lens), "k_len": max(case.k_lens), "varlen": True}
+    left, right = distances
+    return replace(
+        ORDERED, **heads, **dims, **lengths, window_left=left, window_right=right, deterministic=case.deterministic
+    )
+
+
+@pytest.mark.parametrize("case", ROUNDS, ids=str)
+def test_the_cases_come_in_rounds(case: Case) -> None:
+    assert backward_configs.relays(problem_of(case))
+
+
 on_gpu = [pytest.mark.gpu(seconds=60.0), on_hopper]
 
 
@@ -118,34 +165,8 @@ class TestOnHopper:
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
     @pytest.mark.parametrize(
-        "case",
-        [
-            _RELAY,
-            _LATENT,
-            replace(_RELAY, id="relay-odd", why="head dims that are no tiles'", dim=144, v_dim=200, k_len=333),
-            replace(_RELAY, id="relay-uneven", why="keys of a tile", dim=64, v_dim=256, heads=6, dlse=True),
-            replace(_RELAY, id="relay-blind", why="rows that see nothing", q_len=900, k_len=256, softcap=5.0),
-            replace(_RELAY, id="relay-few", why="rows for the last keys only", q_len=70, k_len=1024, sinks=True),
-            replace(_RELAY, id="relay-ahead", why="keys after a row's own", mask=Window(None, 100), alibi="heads"),
-            replace(_RELAY, id="relay-behind", why="keys that nobody sees", mask=Window(None, -150), dropout_p=0.2),
-            replace(_RELAY, id="relay-bias", why="a gradient of each head", bias="additive", bias_axes="1hqk"),
-            replace(_RELAY, id="relay-any-order", why="eight heads", heads=16, deterministic=False),
-            replace(_LATENT, id="relay-latent-any", why="eight heads", heads=16, k_len=700, deterministic=False),
-            replace(_RELAY, id="relay-long", why="zeros for dQ", q_len=2200, k_len=2200, deterministic=False),
-            Case(
-                "relay-varlen", "sequences of any number of tiles, also none", q_lens=(300, 0, 700, 20),
-                k_lens=(700, 90, 400, 200), heads=6, kv_heads=2, dim=256, mask=Causal(), deterministic=True,
-            ),
-            _UNSEEN,
-            _NARROW,
-            replace(_NARROW, id="relay-96", why="in any order", dim=96, v_dim=72, deterministic=False, dlse=True),
-            replace(_NARROW, id="relay-128-all", why="features", softcap=5.0, alibi="heads", sinks=True, dropout_p=0.2),
-            replace(_NARROW, id="relay-128-bias", why="a gradient of each", bias="additive", bias_axes="1hqk"),
-            _NARROW_UNSEEN,
-            replace(_UNSEEN, id="unseen", why="the same without rounds", kv_heads=None),
-        ],
-        ids=str,
-    )  # fmt: skip
+        "case", [*ROUNDS, replace(_UNSEEN, id="unseen", why="the same without rounds", kv_heads=None)], ids=str
+    )
     def test_rounds(self, case: Case, dtype: torch.dtype) -> None:
         run_case(case, "hopper", dtype, "cuda")
 

@@ -109,17 +109,16 @@ def relays(problem: Problem) -> bool:
 
     Causal, head dim 256, groups of 4, deterministic: 1024 967 us and 820, 8192 4933 and 3674; groups of 2, 2048, 1096
     and 1198. In any order: groups of 4, 2048 1077 and 1104, 4096 1953 and 1815; of 8, 2048 1867 and 1100. At head dim
-    128: groups of 8, 512 804 and 1037, 1024 1185 and 1111, 4096 3166 and 2559, one key-value head for each 128 tiles
-    619 and 630; of 6, 4096 2151 and 2157. At 64: of 8, 4096 1637 and 1882.
+    128: groups of 8, 512 804 and 1037, 1024 1185 and 1111, 4096 3166 and 2559, with no more tiles than programs 619 and
+    630; of 6, 4096 2151 and 2157. At 64: of 8, 4096 1637 and 1882.
     """
     dim = max(problem.qk_dim, problem.v_dim)
     large = problem.group >= 8
     if dim > 128:
         pays = large or problem.deterministic or problem.k_len > _LONG_WALK
     else:
-        tiles = -(-problem.k_len // 128)
-        some = problem.batch * problem.kv_heads * tiles > configs.MULTIPROCESSORS
-        pays = dim > 64 and large and problem.k_len >= 1024 and some
+        tiles = problem.batch * problem.kv_heads * -(-problem.k_len // 128)
+        pays = dim > 64 and large and problem.k_len >= 1024 and tiles > configs.MULTIPROCESSORS
     return _triangular(problem) and problem.group > 2 and pays
 
 

@@ -2,7 +2,8 @@
 
 A program that goes through a whole group with one tile of keys sums in registers. But short walks are soon at the
 group's next heads when long ones are still at its first, and the rows of all heads want to be in the L2 cache at once.
-Round by round all tiles follow each other through the rows of one head. The sums are made in the same order.
+Round by round all tiles follow each other through the rows of one head. The sums are made in the same order. The last
+tiles may have no rounds (`alone` in backward_configs.py says how many have).
 """
 
 from triton.experimental import gluon

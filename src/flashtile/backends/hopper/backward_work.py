@@ -102,7 +102,7 @@ def whole(spans):
 
 @gluon.jit
 def steps_of(place, spans):
-    """How many steps an item has, over all query heads of its group."""
+    """How many steps an item has, over all its query heads."""
     first, last = whole(spans)
     return (last - first) * place.together
 

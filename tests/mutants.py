@@ -95,9 +95,15 @@ def after(file: str, line: str, added: str, deeper: int = 0) -> Edit:
     return Edit(file, f"\n{line}\n", f"\n{line}\n{indent}{added}\n")
 
 
-_CLAIM_KEYS = "        full = pipes.keys.claim(n, pipes.PANELS * k_desc.block_type.nbytes + BIAS_BYTES)"
+_CLAIM_KEYS = "        full = pipes.keys.arrival(n)"
 _CLAIM_QUERIES = "        full = pipes.queries.claim(n, QUERY_BYTES + BIAS_BYTES)"
-_WALK = "    for tile in range(stop - 2, first - 1, -1):"
+_AWAIT_KEYS = "        pipes.keys.await_full(n)"
+_USE_KEYS = (  # and the values before them
+    "        s = pipes.issue_scores(work, n, rows.WG)",
+    "        running = pipes.issue_output(p16, n, o)",
+    "        s = warpgroup_mma_wait(1, deps=(s,))",
+)
+_WALK = "    for tile in range(span[3] - 2, span[0] - 1, -1):"
 _WAIT = "    q = pipes.queries.wait(n)"
 _TAKE_SCORES = "            pipes.scores.await_full(n)"
 _HAND_OVER = "    pipes.scores_of(n, 0).store(handed)"
@@ -166,14 +172,15 @@ DELAYED = (
     ),
 )
 
-# The tile comes late, and nobody waits for it. The slot is claimed in time, so that nobody waits forever either.
+# The tile comes late, and is used before anybody waits for it. The slot is claimed in time, or waited for afterwards, so
+# that nobody waits forever either.
 UNSAFE = (
     Mutant(
         "no wait for keys",
         "forward",
         (
             after("forward_kernel", _CLAIM_KEYS, "sleep(20000)"),
-            Edit("forward_kernel", "pipes.keys.await_full(n)", "pass"),
+            Edit("forward_kernel", "\n".join((_AWAIT_KEYS, *_USE_KEYS)), "\n".join((*_USE_KEYS, _AWAIT_KEYS))),
         ),
     ),
     Mutant(

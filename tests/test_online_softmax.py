@@ -44,12 +44,20 @@ def weigh(code: str, s: np.ndarray, m: np.ndarray, l: np.ndarray, search: int = 
     count = s.shape[1] // 2
     everywhere = np.full(ptx.LANES, UNIT, np.float32)
     rows = np.repeat(m[:, None], 4, 1)
-    flags = [np.full(ptx.LANES, search, np.uint32)] * count
-    inputs = [*threads(s), *by_row(rows, count), *by_row(l, count), *[everywhere] * count, *flags]
-    outputs = ptx.run(code, 2 * count, inputs)
-    more = outputs[count:]
+    inputs = [*threads(s), *by_row(rows, count), *by_row(l, count), *[everywhere] * count]
+    if code in KEEPING:
+        outputs = ptx.run(code, 2 * count, inputs)
+    else:
+        o = np.random.default_rng(2).normal(0, 1, s.shape).astype(np.float32)
+        flags = [np.full(ptx.LANES, search, np.uint32)] * count
+        outputs = ptx.run(code, 3 * count, [*inputs, *threads(o), *flags])
+    more = outputs[count : 2 * count]
     both = [np.concatenate([more[i].reshape(8, 4), more[i + 2].reshape(8, 4)]) for i in (0, 1, 4)]
     assert (both[0] == both[0][:, :1]).all(), "four threads agree on a row's maximum"
+    if code not in KEEPING:
+        np.testing.assert_array_equal(
+            tile_of(outputs[2 * count :]), o * both[2][:, :1], "O is shrunk by the same factor"
+        )
     return tile_of(outputs[:count]), both[0][:, 0], both[1], both[2][:, 0]
 
 

@@ -38,6 +38,8 @@ class Pipes:
     """What flows between the roles: rings of query, key and value tiles, where the queries lie, and the way out.
 
     biases: for each slot of the key ring and each consumer, the bias of its scores, which comes and goes with the keys.
+    TOGETHER: both rings have the same barriers. Key tile n and the values of the tile before it arrive in slot n, and
+    are released, as one; an item's last values have a slot of their own.
     """
 
     queries: Ring
@@ -55,6 +57,7 @@ class Pipes:
     STRIPS: gl.constexpr
     BIAS_TILES: gl.constexpr
     PANELS: gl.constexpr
+    TOGETHER: gl.constexpr
 
     @gluon.jit
     def query(self, work, WG: gl.constexpr, i: gl.constexpr):
@@ -64,12 +67,12 @@ class Pipes:
     @gluon.jit
     def key(self, n, i: gl.constexpr):
         """Panel i of key tile n."""
-        return self.keys.buffers.index(n % self.keys.STAGES * self.PANELS + i)
+        return self.keys.buffers.index(self.keys.place(n) * self.PANELS + i)
 
     @gluon.jit
     def bias(self, n, WG: gl.constexpr):
         """The bias of consumer WG's scores of key tile n."""
-        return self.biases.index(n % self.keys.STAGES * self.GROUPS + WG)
+        return self.biases.index(self.keys.place(n) * self.GROUPS + WG)
 
     @gluon.jit
     def load_bias(self, n, early, WG: gl.constexpr):
@@ -87,12 +90,13 @@ class Pipes:
 
     @gluon.jit
     def skip(self, n, count):
-        """Lets `count` key and value tiles pass that only other consumers' rows see; the number of the tile after."""
+        """Lets `count` slots pass that only other consumers' rows see; the number of the slot after."""
         for _ in range(count):
             self.keys.await_full(n)
             self.keys.release(n)
-            self.values.await_full(n)
-            self.values.release(n)
+            if not self.TOGETHER:
+                self.values.await_full(n)
+                self.values.release(n)
             n += 1
         return n
 
@@ -107,13 +111,19 @@ class Pipes:
 
     @gluon.jit
     def issue_output(self, p16, n, o):
-        """O + P V of value tile n, which is full; running."""
+        """O + P V of the values in slot n, which is full; running."""
         return warpgroup_mma(p16, self.values.slot(n), o, is_async=True)
 
     @gluon.jit
     def operand(self, p, DTYPE: gl.constexpr):
         """P as the left operand of the second product."""
         return gl.convert_layout(p.to(DTYPE), left_operand(self.DV))
+
+
+@gluon.jit
+def _first_slot():
+    """0, unsigned: its remainders, which each step needs, take fewer instructions."""
+    return gl.to_tensor(0).to(gl.uint32)
 
 
 @gluon.jit
@@ -124,7 +134,7 @@ def _producer(q_desc, k_desc, v_desc, bias_desc, counter, pipes, shapes, change)
     key tiles: earlier they would wait for the last item, later the consumers would wait for them. An item that has
     failed is done again as soon as its slot is empty, and the one found meanwhile waits.
     """
-    n = 0
+    n = _first_slot()
     work = 0
     turn, tile, b, h, before = shapes.start()
     found, found_b, found_h = tile, b, h
@@ -137,7 +147,7 @@ def _producer(q_desc, k_desc, v_desc, bias_desc, counter, pipes, shapes, change)
         early = gl.maximum(stop - 2, first) if pipes.queries.STAGES == 2 else first
         n = _load_keys(k_desc, v_desc, bias_desc, row, b, h, stop, stop, early, n, pipes, shapes, change)
         if pipes.queries.STAGES == 1:
-            _load_values(v_desc, b, h, first, n - 1, pipes, shapes)
+            n = _load_last_values(v_desc, b, h, first, n, pipes, shapes)
         work += 1
         if search == 0:
             turn, found, found_b, found_h, before = shapes.next(turn, found_b, before, counter)
@@ -146,7 +156,7 @@ def _producer(q_desc, k_desc, v_desc, bias_desc, counter, pipes, shapes, change)
             if next_tile >= 0:
                 _load_queries(q_desc, next_tile, next_b, next_h, search, work, pipes, shapes)
             n = _load_keys(k_desc, v_desc, bias_desc, row, b, h, stop, early, first, n, pipes, shapes, change)
-            _load_values(v_desc, b, h, first, n - 1, pipes, shapes)
+            n = _load_last_values(v_desc, b, h, first, n, pipes, shapes)
             if next_tile < 0:  # only this item is left
                 next_tile, next_b, next_h, search = _choose(next_tile, next_b, next_h, work + 1, pipes)
                 _load_queries(q_desc, next_tile, next_b, next_h, search, work, pipes, shapes)
@@ -191,12 +201,18 @@ def _load_keys(k_desc, v_desc, bias_desc, first_row, b, h, stop, above, below, n
     value tiles that are due: keys come a tile ahead, for theirs is the slot that is empty first.
     """
     BIAS_BYTES: gl.constexpr = pipes.GROUPS * bias_desc.block_type.nbytes if pipes.BIAS_TILES else 0
+    BYTES: gl.constexpr = pipes.PANELS * k_desc.block_type.nbytes + BIAS_BYTES
     kv_h = h // shapes.group
     _, _, k_start, k_len = shapes.lengths.of(b, False)
     for j in range(above - below):
         tile = above - 1 - j
         key = tile * shapes.BLOCK_N
-        full = pipes.keys.claim(n, pipes.PANELS * k_desc.block_type.nbytes + BIAS_BYTES)
+        pipes.keys.await_empty(n)
+        full = pipes.keys.arrival(n)
+        if pipes.TOGETHER and tile < stop - 1:
+            pipes.keys.expect(n, BYTES + v_desc.block_type.nbytes)
+        else:
+            pipes.keys.expect(n, BYTES)
         for i in gl.static_range(pipes.PANELS):
             load_rows(k_desc, full, pipes.key(n, i), b, kv_h, k_start, k_len, key, shapes.lengths.VARLEN, 64 * i)
         if pipes.BIAS_TILES:
@@ -204,34 +220,53 @@ def _load_keys(k_desc, v_desc, bias_desc, first_row, b, h, stop, above, below, n
             for w in gl.static_range(pipes.GROUPS):
                 load_tile(bias_desc, full, pipes.bias(n, w), bias_b, bias_h, first_row + 64 * w, key)
         if tile < stop - 1:
-            _load_values(v_desc, b, h, tile + 1, n - 1, pipes, shapes)
+            if pipes.TOGETHER:
+                _load_values(v_desc, b, h, tile + 1, n, pipes, shapes)
+            else:
+                pipes.values.claim(n - 1, v_desc.block_type.nbytes)
+                _load_values(v_desc, b, h, tile + 1, n - 1, pipes, shapes)
         n += 1
     return n
 
 
 @gluon.jit
+def _load_last_values(v_desc, b, h, tile, n, pipes, shapes):
+    """The values of an item's last key tile, number n - 1; the number of the next slot."""
+    if not pipes.TOGETHER:
+        n -= 1
+    pipes.values.claim(n, v_desc.block_type.nbytes)
+    _load_values(v_desc, b, h, tile, n, pipes, shapes)
+    return n + 1
+
+
+@gluon.jit
 def _load_values(v_desc, b, h, tile, n, pipes, shapes):
-    """A value tile."""
+    """A value tile to slot n, which expects it."""
     _, _, k_start, k_len = shapes.lengths.of(b, False)
-    full = pipes.values.claim(n, v_desc.block_type.nbytes)
-    slot = pipes.values.slot(n)
+    full, slot = pipes.values.arrival(n), pipes.values.slot(n)
     load_rows(v_desc, full, slot, b, h // shapes.group, k_start, k_len, tile * shapes.BLOCK_N, shapes.lengths.VARLEN)
 
 
 @gluon.jit
-def _walk(o, l, m, p16, work, n, span, search, pipes, rows, change, MASKED: gl.constexpr):
+def _masked(tile, span, change):
+    """Whether rows may not see all keys of a tile."""
+    _, full, partial, _ = span
+    masked = tile >= partial
+    if change.LEFT:
+        masked = masked | (tile < full)
+    return masked
+
+
+@gluon.jit
+def _walk(o, l, m, p16, work, n, span, pipes, rows, change, MASKED: gl.constexpr):
     """The key tiles after an item's first: the products of tile n - 1 with V run under the exponentials of tile n.
 
     p16: the weights of tile n - 1, not yet multiplied, as the walk leaves those of its last tile.
     MASKED: some of the tiles are; one loop goes over all, since 16-bit values that cross from loop to loop are
     unpacked and packed again.
     """
-    first, full, partial, stop = span
-    for tile in range(stop - 2, first - 1, -1):
+    for tile in range(span[3] - 2, span[0] - 1, -1):
         key = tile * pipes.BLOCK_N
-        masked = tile >= partial
-        if change.LEFT:
-            masked = masked | (tile < full)
         bias = load_bias(rows, change, key, pipes.BLOCK_N)
         pipes.keys.await_full(n)
         s = pipes.issue_scores(work, n, rows.WG)
@@ -239,11 +274,8 @@ def _walk(o, l, m, p16, work, n, span, search, pipes, rows, change, MASKED: gl.c
         bias = pipes.load_bias(n, bias, rows.WG)
         s = warpgroup_mma_wait(1, deps=(s,))
         pipes.keys.release(n)
-        s, unit = scores(s, rows, change, key, bias, masked, MASKED)
-        if pipes.PIECES == 0:
-            p, m, l, alpha = weigh_in_place(s, unit, m, l, search, p16.dtype)
-        else:
-            p, m, l, alpha = weigh(s, unit, m, l, pipes.PIECES)
+        s, unit = scores(s, rows, change, key, bias, _masked(tile, span, change), MASKED)
+        p, m, l, alpha = weigh(s, unit, m, l, pipes.PIECES)
         if change.DROPOUT:
             p = drop(p, rows, change, key)
         # ptxas moves this wait up to the last branch before it. That is in weigh, below the exponentials.
@@ -252,6 +284,26 @@ def _walk(o, l, m, p16, work, n, span, search, pipes, rows, change, MASKED: gl.c
         pipes.values.await_full(n)
         p16 = pipes.operand(p, p16.dtype)
         o = shrink(o, alpha)
+        n += 1
+    return o, l, m, p16, n
+
+
+@gluon.jit
+def _walk_in_place(o, l, m, p16, work, n, span, search, pipes, rows, change, MASKED: gl.constexpr):
+    """The same where weights take the scores' registers: both products end before the exponentials, under which those
+    of other consumers run, and their tiles come and go together.
+    """
+    for tile in range(span[3] - 2, span[0] - 1, -1):
+        key = tile * pipes.BLOCK_N
+        pipes.keys.await_full(n)
+        s = pipes.issue_scores(work, n, rows.WG)
+        running = pipes.issue_output(p16, n, o)
+        s = warpgroup_mma_wait(1, deps=(s,))
+        s, unit = scores(s, rows, change, key, 0.0, _masked(tile, span, change), MASKED)
+        o = warpgroup_mma_wait(0, deps=(running,))
+        pipes.keys.release(n)
+        p, o, m, l = weigh_in_place(s, o, unit, m, l, search, p16.dtype)
+        p16 = pipes.operand(p, p16.dtype)
         n += 1
     return o, l, m, p16, n
 
@@ -271,10 +323,13 @@ def _attend(work, n, span, search, pipes, rows, change, m, KIND: gl.constexpr):
     if change.DROPOUT:
         p = drop(p, rows, change, key)
     p16 = pipes.operand(p, pipes.keys.buffers.dtype)
-    pipes.values.await_full(n)
     o = gl.zeros([64, pipes.DV], gl.float32, accumulator(pipes.DV))
     MASKED: gl.constexpr = KIND != "none" and (change.LEFT or not change.SINGLE)
-    return _walk(o, l, m, p16, work, n + 1, span, search, pipes, rows, change, MASKED)
+    if pipes.TOGETHER:
+        return _walk_in_place(o, l, m, p16, work, n + 1, span, search, pipes, rows, change, MASKED)
+    else:
+        pipes.values.await_full(n)
+        return _walk(o, l, m, p16, work, n + 1, span, pipes, rows, change, MASKED)
 
 
 @gluon.jit
@@ -306,6 +361,9 @@ def _item(
         pipes.places.leave(work, total, WG)
     if not pipes.SHARED:
         pipes.queries.release(work)
+    if pipes.TOGETHER:
+        pipes.values.await_full(n)
+        n += 1
     running = pipes.issue_output(p16, n - 1, o)
     if change.SINKS:
         total += gl.exp2(sink - m)
@@ -353,7 +411,7 @@ def _leave(o_desc, o, work, b, h, q_start, q_len, row, pipes, shapes, WG: gl.con
 def _consumer(o_desc, out, lse, stride_om, stride_oh, pipes, shapes, change, WG: gl.constexpr, DIM_V: gl.constexpr):
     """The 64 rows number WG of each item's query tile; none where they lie behind the sequence's end."""
     state = random_state(change.rng, change.DROPOUT)
-    n = 0
+    n = _first_slot()
     work = 0
     tile, b, h, search = pipes.place(work)
     while tile >= 0:
@@ -366,7 +424,7 @@ def _consumer(o_desc, out, lse, stride_om, stride_oh, pipes, shapes, change, WG:
         elif first_row + 64 * WG < q_len:
             n = _item(o_desc, lse, work, n, b, h, search, first_row, span, q_len, pipes, shapes, change, state, WG)
         else:
-            n = pipes.skip(n, span[3] - span[0])
+            n = pipes.skip(n, span[3] - span[0] + (1 if pipes.TOGETHER else 0))
             if pipes.PIECES == 0:
                 pipes.places.leave(work, gl.zeros([64], gl.float32, gl.SliceLayout(1, accumulator(64))), WG)
             pipes.queries.release(work)
@@ -427,7 +485,13 @@ def forward_kernel(
     queries = Ring(q_tiles, barriers(QUERY_STAGES, 1), barriers(QUERY_STAGES, GROUPS), QUERY_STAGES)
     k_tiles = gl.allocate_shared_memory(dtype, [STAGES * PANELS, BLOCK_N, D], swizzled(2, D))
     keys = Ring(k_tiles, barriers(STAGES, 1), barriers(STAGES, GROUPS), STAGES)
-    values = ring(dtype, BLOCK_N, DV, swizzled(2, DV), STAGES, GROUPS)
+    TOGETHER: gl.constexpr = PIECES == 0
+    gl.static_assert(not TOGETHER or (BIAS == "none" and not DROPOUT), "weights in place leave no registers for these")
+    if TOGETHER:
+        v_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, DV], swizzled(2, DV))
+        values = Ring(v_tiles, keys.full, keys.empty, STAGES)
+    else:
+        values = ring(dtype, BLOCK_N, DV, swizzled(2, DV), STAGES, GROUPS)
     outputs = q_tiles
     if not SHARED:
         outputs = gl.allocate_shared_memory(dtype, [GROUPS, 64, DV], swizzled(2, DV))
@@ -436,7 +500,7 @@ def forward_kernel(
         biases = gl.allocate_shared_memory(dtype, [STAGES * GROUPS, 64, BLOCK_N], swizzled(2, BLOCK_N))
     pipes = Pipes(
         queries, places(QUERY_STAGES, GROUPS, dtype), keys, values, biases, outputs, GROUPS, BLOCK_N, DIM, DV, SHARED,
-        PIECES, STRIPS, BIAS_TILES, PANELS,
+        PIECES, STRIPS, BIAS_TILES, PANELS, TOGETHER,
     )  # fmt: skip
     fence_async_shared()
     barrier()

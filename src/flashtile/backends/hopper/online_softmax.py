@@ -45,35 +45,30 @@ def weigh(s, unit, m, l, PIECES: gl.constexpr):
     """
     N: gl.constexpr = s.shape[1]
     CODE: gl.constexpr = keeping(N // 2, PIECES)
-    return _run(CODE, s, unit, m, l, gl.to_tensor(0))
+    OPERANDS: gl.constexpr = operands(N // 2, 2, 4, 0)
+    p, more = gl.inline_asm_elementwise(
+        CODE, OPERANDS, [s, _spread(m, N), _spread(l, N), unit], (gl.float32, gl.float32), is_pure=False, pack=N // 2
+    )
+    m, l, shrunk = _left(more, l)
+    return p, m, l, shrunk
 
 
 @gluon.jit
-def weigh_in_place(s, unit, m, l, search, DTYPE: gl.constexpr):
-    """As `weigh`, without keeping scores.
+def weigh_in_place(s, o, unit, m, l, search, DTYPE: gl.constexpr):
+    """(P, O, m, l) of a later tile without keeping its scores; O, the products of earlier tiles, is shrunk at once.
 
     search: not 0 where each tile is to be weighed against the true maximum, which nothing exceeds. Rows that have seen
     nothing yet are in any case.
     """
     N: gl.constexpr = s.shape[1]
     CODE: gl.constexpr = in_place(N // 2, gl.float16 == DTYPE)
-    return _run(CODE, s, unit, m, l, search)
-
-
-@gluon.jit
-def _run(CODE: gl.constexpr, s, unit, m, l, search):
-    N: gl.constexpr = s.shape[1]
-    OPERANDS: gl.constexpr = operands(N // 2, 2, 4, 1)
-    p, more = gl.inline_asm_elementwise(
-        CODE, OPERANDS, [s, _spread(m, N), _spread(l, N), unit, search], (gl.float32, gl.float32), is_pure=False,
-        pack=N // 2,
+    OPERANDS: gl.constexpr = operands(N // 2, 3, 5, 1)
+    p, more, wide = gl.inline_asm_elementwise(
+        CODE, OPERANDS, [s, _spread(m, N), _spread(l, N), unit, _widen(o, N), search],
+        (gl.float32, gl.float32, gl.float32), is_pure=False, pack=N // 2,
     )  # fmt: skip
-    # What the code leaves in a thread's first eight elements: m and l of both rows, then the factor of both.
-    even, odd = gl.split(more.reshape([64, N // 8, 4, 2]))
-    m_new, shrunk = _first_two(even)
-    l_new, _ = _first_two(odd)
-    STATE: gl.constexpr = l.type.layout
-    return p, gl.convert_layout(m_new, STATE), gl.convert_layout(l_new, STATE), gl.convert_layout(shrunk, STATE)
+    m, l, _ = _left(more, l)
+    return p, _narrow(wide, o), m, l
 
 
 @gluon.jit
@@ -92,6 +87,37 @@ def overflowed(total, DTYPE: gl.constexpr):
     """
     MOST: gl.constexpr = 65504.0 if gl.float16 == DTYPE else 2.0**64
     return gl.where(total < MOST, 0, 1)
+
+
+@gluon.jit
+def _left(more, like):
+    """What the code leaves in a thread's first eight elements: m and l of both rows, then the factor of both."""
+    even, odd = gl.split(more.reshape([64, more.shape[1] // 8, 4, 2]))
+    m, shrunk = _first_two(even)
+    l, _ = _first_two(odd)
+    STATE: gl.constexpr = like.type.layout
+    return gl.convert_layout(m, STATE), gl.convert_layout(l, STATE), gl.convert_layout(shrunk, STATE)
+
+
+@gluon.jit
+def _widen(o, N: gl.constexpr):
+    """[64, K] -> [64, N], of which a thread's first registers are o's and the others 0."""
+    for _ in gl.static_range(_doublings(o.shape[1], N)):
+        o = gl.join(o, gl.zeros_like(o)).permute((0, 2, 1)).reshape([64, 2 * o.shape[1]])
+    return gl.convert_layout(o, accumulator(N))
+
+
+@gluon.jit
+def _narrow(wide, o):
+    """The reverse, to the layout of o."""
+    for _ in gl.static_range(_doublings(o.shape[1], wide.shape[1])):
+        wide, _ = gl.split(wide.reshape([64, 2, wide.shape[1] // 2]).permute((0, 2, 1)))
+    return gl.convert_layout(wide, o.type.layout)
+
+
+@gluon.constexpr_function
+def _doublings(K, N):
+    return (N // K).bit_length() - 1
 
 
 @gluon.jit

@@ -22,8 +22,18 @@ class Ring:
     STAGES: gl.constexpr
 
     @gluon.jit
+    def place(self, n):
+        """Which of the slots is number n; n may be unsigned, which takes fewer instructions."""
+        return gl.to_tensor(n % self.STAGES).to(gl.int32)
+
+    @gluon.jit
+    def phase(self, n):
+        """The phase bit that ends the round of slot n."""
+        return gl.to_tensor(n // self.STAGES).to(gl.int32) & 1
+
+    @gluon.jit
     def slot(self, n):
-        return self.buffers.index(n % self.STAGES)
+        return self.buffers.index(self.place(n))
 
     @gluon.jit
     def claim(self, n, NBYTES: gl.constexpr):
@@ -34,24 +44,29 @@ class Ring:
     @gluon.jit
     def await_empty(self, n):
         """A producer's: waits until slot n is empty."""
-        mbarrier.wait(self.empty.index(n % self.STAGES), ((n // self.STAGES) & 1) ^ 1)
+        mbarrier.wait(self.empty.index(self.place(n)), self.phase(n) ^ 1)
 
     @gluon.jit
     def expect(self, n, NBYTES: gl.constexpr):
         """The producer's: announces the bytes that come to the empty slot n; returns the barrier they arrive at."""
-        full = self.full.index(n % self.STAGES)
+        full = self.arrival(n)
         mbarrier.expect(full, NBYTES)
         return full
 
     @gluon.jit
+    def arrival(self, n):
+        """The barrier at which the bytes of slot n arrive."""
+        return self.full.index(self.place(n))
+
+    @gluon.jit
     def announce(self, n):
         """A producer's that writes by itself: it has written slot n."""
-        mbarrier.arrive(self.full.index(n % self.STAGES), count=1)
+        mbarrier.arrive(self.full.index(self.place(n)), count=1)
 
     @gluon.jit
     def await_full(self, n):
         """A consumer's: waits until the bytes of slot n have arrived."""
-        mbarrier.wait(self.full.index(n % self.STAGES), (n // self.STAGES) & 1)
+        mbarrier.wait(self.full.index(self.place(n)), self.phase(n))
 
     @gluon.jit
     def wait(self, n):
@@ -62,7 +77,7 @@ class Ring:
     @gluon.jit
     def release(self, n):
         """A consumer's: it has read slot n for the last time."""
-        mbarrier.arrive(self.empty.index(n % self.STAGES), count=1)
+        mbarrier.arrive(self.empty.index(self.place(n)), count=1)
 
 
 @gluon.jit

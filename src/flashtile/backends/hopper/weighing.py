@@ -16,11 +16,15 @@ _LOWEST = "0fFF7FFFFF"
 
 
 class _Code:
-    """The code for a tile of which a thread has `count` scores, $S to weights, $P."""
+    """The code for a tile of which a thread has `count` scores, $S to weights, $P.
 
-    def __init__(self, count):
+    with_o: and of which it has as many elements of $O, or fewer and zeros, that become $SHRUNK.
+    """
+
+    def __init__(self, count, with_o=False):
         self.count = count
-        self.p, self.more, self.s, self.m, self.l, self.unit, self.search = (count * i for i in range(7))
+        self.p, self.more, self.shrunk = 0, count, 2 * count
+        self.s, self.m, self.l, self.unit, self.o, self.search = (count * (2 + with_o + i) for i in range(6))
         self.lines = [
             ".reg .pred some, none;",
             ".reg .f32 sum<4>, base<2>, m<2>, l<2>, shrunk<2>, x, t;",
@@ -110,6 +114,14 @@ class _Code:
             self.add(f"add.f32 x, m{r}, x;", f"sub.f32 t, m{r}, x;")
             self.move(r, [])
 
+    def keep_o(self):
+        """$SHRUNK: $O, which only a new maximum makes smaller."""
+        self.add(*[f"mov.f32 ${self.shrunk + i}, ${self.o + i};" for i in range(self.count)])
+
+    def shrink_o(self):
+        """$SHRUNK by the factors of its rows."""
+        self.add(*[f"mul.f32 ${self.shrunk + i}, ${self.shrunk + i}, shrunk{_row(i)};" for i in range(self.count)])
+
     def add_sums(self):
         self.add("add.f32 l0, l0, sum0;", "add.f32 l1, l1, sum2;")
 
@@ -145,9 +157,10 @@ def keeping(COUNT, PIECES):
 @gluon.constexpr_function
 def in_place(COUNT, NARROW):
     """Weighs at once, after a look for the maxima where $SEARCH is not 0 or a row has seen nothing yet; NARROW, for
-    float16: or a sum is large, and the warp divides its rows.
+    float16: or a sum is large, and the warp divides its rows. It then shrinks $O, too.
     """
-    code = _Code(COUNT)
+    code = _Code(COUNT, with_o=True)
+    code.keep_o()
     code.add(f"setp.ne.u32 some, ${code.search}, 0;")
     code.add(*[f"setp.le.or.f32 some, m{r}, {_LOWEST}, some;" for r in (0, 1)])
     if NARROW:
@@ -158,6 +171,7 @@ def in_place(COUNT, NARROW):
     code.look_for_finite_maxima()
     if NARROW:
         code.divide()
+    code.shrink_o()
     code.add("WEIGH:")
     code.base_is_maximum()
     code.weigh(range(COUNT))

@@ -82,6 +82,9 @@ def hopper_problems(few: bool) -> Iterator[Problem]:
     yield replace(causal, qk_dim=64, v_dim=64, deterministic=True, **bias)
     for dim in (64, 128):
         yield replace(plain, qk_dim=dim, v_dim=dim, dtype=torch.float16)
+    yield replace(causal, qk_dim=64, v_dim=64, **packed)
+    yield replace(causal, qk_dim=64, v_dim=64, window_left=1000)
+    yield replace(causal, qk_dim=64, v_dim=64, window_left=100)
     yield replace(plain, qk_dim=64, v_dim=64, q_len=4096, k_len=4096, q_heads=10, kv_heads=10, dtype=torch.float16)
     yield replace(causal, qk_dim=96, v_dim=96)
     yield replace(causal, dropout_p=0.1, dtype=torch.float16)

@@ -172,7 +172,7 @@ DELAYED = (
     ),
 )
 
-# The tile comes late, and is used before anybody waits for it. The slot is claimed in time, or waited for afterwards, so
+# The tile comes late, and is used before anybody waits for it. Its slot is claimed in time, or waited for later, so
 # that nobody waits forever either.
 UNSAFE = (
     Mutant(

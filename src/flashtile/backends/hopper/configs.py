@@ -86,6 +86,15 @@ def _dense_without_left(problem: Problem) -> bool:
     return not _left(problem) and not problem.varlen
 
 
+def _many_keys(problem: Problem) -> bool:
+    """Where rows see many keys. Few, as of short packed sequences under a mask, are better shared by fewer rows."""
+    if problem.table:
+        return False
+    if problem.window_left is not None:
+        return min(problem.window_left, problem.k_len) >= _MANY
+    return not problem.varlen or unmasked(problem) or problem.k_len >= _MANY
+
+
 def _light(problem: Problem) -> bool:
     return problem.dropout_p == 0 and not (problem.varlen and _left(problem))
 
@@ -102,6 +111,7 @@ def _no_packed_table(problem: Problem) -> bool:
     return not (problem.varlen and problem.table)
 
 
+_MANY = 512
 MULTIPROCESSORS = 132  # of an H100 and an H200
 
 MOST_WITH_BIAS_TILES = 4  # the weight of calls whose bias comes by TMA; with more, tiles of it spill
@@ -114,9 +124,9 @@ _FOUR = (112, 24)
 FORWARD = (
     # 2 x 10 heads of 4096, full: 463, four groups 442
     Row(64, 0, Config(2, 128, 3, _TWO, query_stages=2, pieces=0), _few_rounds),
-    # 1.01 to 1.12 times as fast as with kept scores; three groups and 128 keys in place: 560, this 574
-    Row(64, 0, Config(4, 64, 4, _FOUR, query_stages=2, strips=True, pieces=0), _dense_without_left),
-    # window of 1024: 312 us, four groups 340; dropout 302 and 243; softcap 369 and 374, which spills
+    # scores kept by three groups: packed 2062 us, in place 1738, causal 1123 and 1020, window of 1024 311 and 285
+    Row(64, 0, Config(4, 64, 4, _FOUR, query_stages=2, strips=True, pieces=0), _many_keys),
+    # window of 128 124 us, in place 130; dropout 302, four groups 243; softcap 369 and 374, which spills
     Row(64, 1, Config(3, 64, 4, _THREE, query_stages=2, strips=True)),
     Row(64, 9, Config(3, 64, 3, _THREE, query_stages=2, strips=True)),  # tiles of a bias need room
     Row(128, 0, Config(2, 128, 2, _TWO, query_stages=2), _without_left),  # full 709 at 16384, two pieces 696

@@ -66,24 +66,6 @@ def test_every_row_fits_shared_memory_and_the_register_file(dim: int, causal: bo
 
 
 @pytest.mark.parametrize(
-    ("changed", "in_place"),
-    [
-        ({}, True), ({"window_right": 0}, True), ({"varlen": True}, True), ({"varlen": True, "k_len": 511}, True),
-        ({"varlen": True, "window_right": 0}, True), ({"varlen": True, "window_right": 0, "k_len": 511}, False),
-        ({"window_left": 1024, "window_right": 0}, True), ({"window_left": 128, "window_right": 0}, False),
-        ({"window_left": 4096, "k_len": 511}, False), ({"table": True}, False), ({"dropout_p": 0.1}, False),
-        ({"qk_dim": 128}, False),
-    ],
-)  # fmt: skip
-def test_weights_lie_in_the_scores_place_at_head_dim_64_where_many_keys_are_seen(
-    changed: dict[str, Any], in_place: bool
-) -> None:
-    config = configs.forward(replace(PLAIN, **{"qk_dim": 64, "v_dim": 64, **changed}))
-    assert config is not None
-    assert (config.pieces == 0) == in_place
-
-
-@pytest.mark.parametrize(
     ("dim", "v_dim", "keys", "widths"),
     [(64, 64, 192, (64, 64)), (33, 64, 192, (64, 64)), (128, 128, 128, (128, 128)),
      (128, 64, 128, (128, 64)), (192, 192, 64, (256, 256)), (256, 40, 64, (256, 128))],

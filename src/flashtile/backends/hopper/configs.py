@@ -87,12 +87,10 @@ def _dense_without_left(problem: Problem) -> bool:
 
 
 def _many_keys(problem: Problem) -> bool:
-    """Where rows see many keys. Few, as of short packed sequences under a mask, are better shared by fewer rows."""
-    if problem.table:
+    """Where rows see many keys: few are better shared by three groups of rows than by four."""
+    if problem.table or (problem.window_left is not None and min(problem.window_left, problem.k_len) < 512):
         return False
-    if problem.window_left is not None:
-        return min(problem.window_left, problem.k_len) >= _MANY
-    return not problem.varlen or unmasked(problem) or problem.k_len >= _MANY
+    return unmasked(problem) or not problem.varlen or problem.k_len >= 2048
 
 
 def _light(problem: Problem) -> bool:
@@ -111,7 +109,6 @@ def _no_packed_table(problem: Problem) -> bool:
     return not (problem.varlen and problem.table)
 
 
-_MANY = 512
 MULTIPROCESSORS = 132  # of an H100 and an H200
 
 MOST_WITH_BIAS_TILES = 4  # the weight of calls whose bias comes by TMA; with more, tiles of it spill
@@ -124,7 +121,8 @@ _FOUR = (112, 24)
 FORWARD = (
     # 2 x 10 heads of 4096, full: 463, four groups 442
     Row(64, 0, Config(2, 128, 3, _TWO, query_stages=2, pieces=0), _few_rounds),
-    # scores kept by three groups: packed 2062 us, in place 1738, causal 1123 and 1020, window of 1024 311 and 285
+    # packed 1738 us, with scores kept by three groups 2062; causal, up to 4096, 2048 and 1024 1020, 734 and 591, kept
+    # 1123, 750 and 578; windows of 1024, 512 and 256 285, 200 and 155, kept 311, 207 and 153
     Row(64, 0, Config(4, 64, 4, _FOUR, query_stages=2, strips=True, pieces=0), _many_keys),
     # window of 128 124 us, in place 130; dropout 302, four groups 243; softcap 369 and 374, which spills
     Row(64, 1, Config(3, 64, 4, _THREE, query_stages=2, strips=True)),

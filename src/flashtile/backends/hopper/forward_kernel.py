@@ -4,6 +4,8 @@ One step of a consumer, for key tile j (docs/kernels/hopper_forward.md has the d
 
     issue S_j = Q K_j^T;  issue O += P_(j-1) V_(j-1);  wait for S_j and make P_j of it while the second product runs
 
+or, where P_j takes the place of S_j, while the products of other consumers run.
+
 Programs are persistent: each walks through (query tile, head) items. The producer says which item is next, and what it
 loads for that one arrives while the consumers finish this one. Key tiles are visited from the last to the first: a
 causal diagonal comes first.

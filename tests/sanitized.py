@@ -8,7 +8,8 @@ Every kind of kernel once: head dims, masks, packed sequences, all features toge
 in two programs, so that each hands over from item to item. Arguments: parts of names; --forward leaves the backward
 out. Results are compared with float64 as everywhere, so that a tool's silence is about a run that was right. racecheck
 reports the numbers that roles leave for each other (words.py), which mbarriers put in order; on an H100, plain-128 and
-causal-256, nothing else.
+causal-256, nothing else. At head dim 64 it also reports the sums that consumers leave (work.py), in the same order, and
+the arguments that Triton hands to the roles before they start.
 """
 
 from __future__ import annotations

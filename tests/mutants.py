@@ -18,7 +18,7 @@ SOURCES = Path(__file__).parent.parent / "src" / "flashtile" / "backends" / "hop
 
 # Files that are copied for a direction, each after those that it imports; the last one has the kernel.
 COPIED = {
-    "forward": ("forward_kernel",),
+    "forward": ("forward_load", "forward_kernel"),
     "backward": (
         "backward_step",
         "backward_wide",
@@ -117,7 +117,7 @@ _TAKE_ITEM = "        place, spans = items.take(turn, mask, 1)"
 _TAKE_ITEM_WITHOUT_LOADER = "            place, spans = items.take(turn, mask, 4)"
 
 DELAYED = (
-    Mutant("late producer", "forward", (before("forward_kernel", _CLAIM_KEYS, "late(n)"),)),
+    Mutant("late producer", "forward", (before("forward_load", _CLAIM_KEYS, "late(n)"),)),
     *(
         Mutant(
             f"late consumer {w}",
@@ -179,7 +179,7 @@ UNSAFE = (
         "no wait for keys",
         "forward",
         (
-            after("forward_kernel", _CLAIM_KEYS, "sleep(20000)"),
+            after("forward_load", _CLAIM_KEYS, "sleep(20000)"),
             Edit("forward_kernel", "\n".join((_AWAIT_KEYS, *_USE_KEYS)), "\n".join((*_USE_KEYS, _AWAIT_KEYS))),
         ),
     ),

@@ -95,6 +95,12 @@ def ring(
 
 
 @gluon.jit
+def first_slot():
+    """0, unsigned: its remainders, which each step needs, take fewer instructions."""
+    return gl.to_tensor(0).to(gl.uint32)
+
+
+@gluon.jit
 def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
     """COUNT fresh barriers that flip after ARRIVALS arrivals. A fence must follow before anybody uses them."""
     new = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())

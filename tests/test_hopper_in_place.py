@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from places import on_hopper
+from problems import problem_of
 
 from flashtile.backends.hopper import configs
 from flashtile.masks import Causal, Window
@@ -60,6 +61,13 @@ IN_PLACE = (
     replace(_WINDOW, id="in-place-narrow", why="O narrower than S", v_dim=24, mask=Causal()),
     replace(_WINDOW, id="in-place-tiny", why="O much narrower", dim=16, v_dim=8, mask=None),
 )
+
+
+@pytest.mark.parametrize("case", IN_PLACE, ids=str)
+def test_the_cases_have_their_weights_there(case: Case) -> None:
+    config = configs.forward(problem_of(case, PLAIN))
+    assert config is not None
+    assert config.pieces == 0
 
 
 on_gpu = [pytest.mark.gpu(seconds=60.0), on_hopper]

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from places import hopper_plans_anew, on_hopper
+from problems import problem_of
 
 from flashtile.backends.hopper import backward_configs, backward_pass
 from flashtile.gpu import arguments
@@ -136,25 +137,9 @@ ROUNDS = (
 )  # fmt: skip
 
 
-def problem_of(case: Case) -> Problem:
-    """What of a call decides whether its heads come in rounds."""
-    assert case.mask is not None
-    distances = case.mask.distances()
-    assert distances is not None
-    heads = {"q_heads": case.heads, "kv_heads": case.kv_heads or case.heads}
-    dims = {"qk_dim": case.dim, "v_dim": case.v_dim or case.dim}
-    lengths: dict[str, Any] = {"batch": case.batch, "q_len": case.q_len, "k_len": case.k_len}
-    if case.q_lens is not None and case.k_lens is not None:
-        lengths = {"batch": len(case.q_lens), "q_len": max(case.q_lens), "k_len": max(case.k_lens), "varlen": True}
-    left, right = distances
-    return replace(
-        ORDERED, **heads, **dims, **lengths, window_left=left, window_right=right, deterministic=case.deterministic
-    )
-
-
 @pytest.mark.parametrize("case", ROUNDS, ids=str)
 def test_the_cases_come_in_rounds(case: Case) -> None:
-    assert backward_configs.relays(problem_of(case))
+    assert backward_configs.relays(problem_of(case, ORDERED))
 
 
 on_gpu = [pytest.mark.gpu(seconds=60.0), on_hopper]

@@ -18,7 +18,8 @@ _LOWEST = "0fFF7FFFFF"
 class _Code:
     """The code for a tile of which a thread has `count` scores, $S to weights, $P.
 
-    with_o: and of which it has as many elements of $O, or fewer and zeros, that become $SHRUNK.
+    with_o: and of which it has as many elements of $O, or fewer and zeros, that become $SHRUNK. Without it there are no
+    $SHRUNK, $O and $SEARCH.
     """
 
     def __init__(self, count, with_o=False):
